@@ -1,4 +1,4 @@
-"""Plain torch reference of every fused operation: one function per op, signatures as in the kernels.
+"""Plain torch reference of every fused operation: one function per op, signatures as the kernels'.
 
 It serves CPU tensors, tests and benchmarks. Nothing here waits for the device, so each function can
 be captured. Intermediate precision is float32 (float64 for float64 inputs); where the model rounds
@@ -123,7 +123,7 @@ def attention_continue(
     und_v: torch.Tensor,
     und_len: torch.Tensor,
 ) -> None:
-    """Continue over the UND keys, in place, the softmax that gave out [B, M, Hq, D], lse [B, Hq, M].
+    """Continue over the UND keys in place the softmax that gave out [B, M, Hq, D], lse [B, Hq, M].
 
     lse is the float32 natural log of the sum of exponentials of the scaled scores so far; the other
     arguments are those of `attention`.
