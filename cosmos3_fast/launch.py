@@ -1,0 +1,191 @@
+"""How the ranks of one launch find each other, and their CPU-side channel.
+
+The launch (torchrun, or plain processes with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) is read by
+torch.distributed. Rank 0 compares it with the configuration before any group exists, and every rank
+that has arrived raises what rank 0 found. The channel runs over the launch's key-value store, never
+over a GPU, so a hung device cannot block it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from cosmos3_fast.config import ParallelConfig
+
+_LINGER_S = 5.0  # how long rank 0 keeps the store alive for the others to read a verdict
+_generation = itertools.count()  # equal on all ranks: meshes are made in the same order
+
+
+def _seconds(seconds: float) -> timedelta:
+    return timedelta(milliseconds=max(1, int(seconds * 1e3)))
+
+
+class Channel:
+    """Small JSON values between the ranks, over the store. One thread; `clone()` for another.
+
+    A gather is one `set`, one `multi_get` and one `delete_key`: about 0.2 ms on one host.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
+        self.store = store.clone()
+        self.store.set_timeout(_seconds(timeout))
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self._round = 0
+
+    def gather(self, value: Any, timeout: float | None = None) -> list[Any]:
+        """`value` of every rank in rank order (JSON: tuples arrive as lists).
+
+        Raises TimeoutError naming the ranks that did not come within `timeout` seconds (None: the
+        channel's), ConnectionError when the store is gone.
+        """
+        limit = self.timeout if timeout is None else timeout
+        keys = [f"gather/{self._round}/{rank}" for rank in range(self.size)]
+        try:
+            self.store.set(keys[self.rank], json.dumps(value))
+            self.store.set_timeout(_seconds(limit))
+            values = self.store.multi_get(keys)
+            # Everybody who wrote this round has read the one before.
+            self.store.delete_key(f"gather/{self._round - 1}/{self.rank}")
+        except dist.DistNetworkError as error:
+            raise ConnectionError(
+                f"rank {self.rank}: the launch's store is gone: {error}"
+            ) from error
+        except dist.DistStoreError as error:
+            missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+            raise TimeoutError(
+                f"rank {self.rank} waited {limit:g} s for {ranks_text(missing)} of {self.size}"
+            ) from error
+        self._round += 1
+        return [json.loads(text) for text in values]
+
+
+def ranks_text(ranks: list[int]) -> str:
+    """[2, 3] -> "ranks 2, 3"."""
+    return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def join(config: ParallelConfig, device: torch.device, timeout: float) -> tuple[Channel, bool]:
+    """Meet the other ranks, check the launch against `config`, start torch.distributed if nobody has.
+
+    Returns the channel and whether this call started the process group. Raises ValueError on every
+    rank where launch and configurations disagree, TimeoutError naming the ranks that did not come.
+    """
+    started = not dist.is_initialized()
+    if started:
+        store, rank, size = _meet(config, timeout)
+    else:
+        store = dist.distributed_c10d._get_default_store()
+        rank, size = dist.get_rank(), dist.get_world_size()
+    prefixed = dist.PrefixStore(f"cosmos3_fast/{next(_generation)}", store)
+    channel = Channel(prefixed, rank, size, timeout)
+    _agree_on_launch(channel, config, device, timeout)
+    if started:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", prefixed),
+            rank=rank,
+            world_size=size,
+            device_id=device if device.type == "cuda" else None,
+        )
+    return channel, started
+
+
+def _meet(config: ParallelConfig, timeout: float) -> tuple[dist.Store, int, int]:
+    """The launch's store, this rank and the launch's size, without waiting for the other ranks.
+
+    torch's rendezvous makes rank 0 wait for WORLD_SIZE clients and then says only how many came; asked
+    for a world of one it does not wait. A second, client-side rendezvous tells WORLD_SIZE.
+    """
+    limit = _seconds(timeout)
+    try:
+        store, rank, _ = next(dist.rendezvous("env://", world_size=1, timeout=limit))
+        _, _, size = next(dist.rendezvous("env://", rank=1, timeout=limit))
+    except ValueError as error:
+        raise ValueError(
+            f"world_size {config.world_size} needs a launch of {config.world_size} processes "
+            f"(torchrun --nproc_per_node={config.world_size}): {error}"
+        ) from error
+    except dist.DistError as error:
+        raise TimeoutError(
+            f"no sign of rank 0 of {config.world_size} within {timeout:g} s: {error}"
+        ) from error
+    return store, rank, size
+
+
+def _agree_on_launch(
+    channel: Channel, config: ParallelConfig, device: torch.device, timeout: float
+) -> None:
+    """Raise the same error on every rank that has come, unless all are there and agree."""
+    card = {
+        "mesh": [config.cfg_size, config.tp_size],
+        "device": f"{socket.gethostname()} {device}",
+        "pid": os.getpid(),
+    }
+    store = channel.store
+    try:
+        store.set(f"card/{channel.rank}", json.dumps(card))
+        if channel.rank == 0:
+            store.set("verdict", json.dumps(_verdict(channel, timeout)))
+        # Rank 0 may have started one import later than this rank: its patience counts from then.
+        store.wait(["verdict"], _seconds(2 * timeout + _LINGER_S))
+        kind, text = json.loads(store.get("verdict"))
+        store.set(f"read/{channel.rank}", "")
+        if kind and channel.rank == 0:
+            _linger(channel)
+    except dist.DistError as error:
+        raise TimeoutError(f"no sign of rank 0 of {config.world_size}: {error}") from error
+    if kind:
+        raise {"ValueError": ValueError, "TimeoutError": TimeoutError}[kind](text)
+
+
+def _arrived(channel: Channel) -> list[int]:
+    return [rank for rank in range(channel.size) if channel.store.check([f"card/{rank}"])]
+
+
+def _linger(channel: Channel) -> None:
+    keys = [f"read/{rank}" for rank in _arrived(channel)]
+    try:
+        channel.store.wait(keys, _seconds(_LINGER_S))
+    except dist.DistStoreError:
+        return  # somebody died meanwhile: the verdict stands, and nobody else needs the store
+
+
+def _verdict(channel: Channel, timeout: float) -> tuple[str, str]:
+    """("", "") or the kind and text of what is wrong with the launch, decided by rank 0 alone."""
+    store, size = channel.store, channel.size
+    try:
+        store.wait([f"card/{rank}" for rank in range(size)], _seconds(timeout))
+    except dist.DistStoreError:
+        there = _arrived(channel)
+        missing = [rank for rank in range(size) if rank not in there]
+        return "TimeoutError", (
+            f"a launch of {size} ranks is expected; after {timeout:g} s there is no sign of "
+            f"{ranks_text(missing)} (here: {ranks_text(there)})"
+        )
+    cards = [json.loads(store.get(f"card/{rank}")) for rank in range(size)]
+    meshes = [tuple(card["mesh"]) for card in cards]
+    if len(set(meshes)) > 1:
+        said = "; ".join(f"rank {r}: cfg {c} x tp {t}" for r, (c, t) in enumerate(meshes))
+        return "ValueError", f"the ranks have different ParallelConfigs: {said}"
+    cfg, tp = meshes[0]
+    if cfg * tp != size:
+        return "ValueError", (
+            f"ParallelConfig(world_size={cfg * tp}, cfg_size={cfg}, tp_size={tp}) needs "
+            f"{cfg * tp} ranks, the launch has {size} (torchrun --nproc_per_node={cfg * tp})"
+        )
+    places: dict[str, list[int]] = {}
+    for rank, card in enumerate(cards):
+        places.setdefault(card["device"], []).append(rank)
+    for place, ranks in places.items():
+        if len(ranks) > 1 and "cuda" in place:
+            return "ValueError", f"{ranks_text(ranks)} all ask for {place}: one GPU a rank"
+    return "", ""
