@@ -1,0 +1,76 @@
+"""A complete tiny checkpoint: every file a real one has, a few hundred thousand parameters, written in a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .fill import write_sharded
+from .shapes import (
+    MODEL_INDEX,
+    NANO_SCHEDULER,
+    NANO_TRANSFORMER,
+    NANO_VAE,
+    transformer_shapes,
+    vae_shapes,
+)
+from .tokenizer import make_tokenizer
+
+
+def make_tiny_checkpoint(
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    hidden: int = 64,
+    layers: int = 3,
+    heads: int = 8,
+    kv_heads: int = 8,
+    vae_dims: tuple[int, int] = (8, 16),
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = 5 << 30,
+) -> Path:
+    """Write a checkpoint in the diffusers layout into `folder` and return it.
+
+    `heads` x 16 channels, `kv_heads` (fewer is grouped-query attention), `vae_dims`: widths of encoder and decoder.
+    diffusers' `Cosmos3OmniPipeline.from_pretrained` loads it too. Equal arguments give equal files.
+    """
+    if heads % kv_heads:
+        raise ValueError(f"heads {heads} must be a multiple of kv_heads {kv_heads}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    make_tokenizer(folder / "text_tokenizer")
+    transformer = NANO_TRANSFORMER | {
+        "head_dim": 16,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rope_axes_dim": [4, 2, 2],
+        "vocab_size": _vocab_size(folder / "text_tokenizer"),
+    }
+    vae = NANO_VAE | {"base_dim": vae_dims[0], "decoder_base_dim": vae_dims[1]}
+    parts = (("transformer", transformer, transformer_shapes), ("vae", vae, vae_shapes))
+    for name, config, shapes in parts:
+        write_sharded(
+            folder / name, shapes(config), seed=seed, dtype=dtype, shard_bytes=shard_bytes
+        )
+        _write_json(folder / name / "config.json", config)
+    _write_json(folder / "scheduler" / "scheduler_config.json", NANO_SCHEDULER)
+    _write_json(folder / "model_index.json", MODEL_INDEX)
+    return folder
+
+
+def _vocab_size(folder: Path) -> int:
+    """One more than the largest token id of a tokenizer.json, rounded up to a multiple of 8."""
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = [*data["model"]["vocab"].values(), *(token["id"] for token in data["added_tokens"])]
+    return -(-(max(ids) + 1) // 8) * 8
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n")
