@@ -77,7 +77,8 @@ def sigmas(
     """Timesteps and sigmas of `steps` steps.
 
     karras takes sigma_min, sigma_max and rho; flow and native take `shift`. ValueError for fewer
-    than one step, and for so many that the first two integer timesteps, or any two sigmas, coincide.
+    than one step, and for so many that the first two integer timesteps, or any two sigmas, are
+    the same.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
