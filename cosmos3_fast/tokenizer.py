@@ -85,7 +85,7 @@ class PromptTokenizer:
         """(ids, plain text) before the mark and (plain text, ids) after it."""
         if rendered.count(_MARK) != 1:
             raise ValueError(
-                f"the chat template in {self.path!r} does not give the user's text once"
+                f"the chat template in {self.path!r} does not give the text once"
             )
         before, after = rendered.split(_MARK)
         first, last = self._pieces(before), self._pieces(after)

@@ -1,4 +1,4 @@
-"""A small tokenizer of the checkpoint's kind: byte-level BPE, Qwen control tokens, chat template."""
+"""A small tokenizer of the right kind: byte-level BPE, Qwen control tokens, chat template."""
 
 from __future__ import annotations
 

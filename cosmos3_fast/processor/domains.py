@@ -1,0 +1,63 @@
+"""Embodiment domains: id (which per-domain weights) and raw action width (MODEL.md 4)."""
+
+from __future__ import annotations
+
+# name -> (id, widths that need no leave to be used; the first is the default, none: say one)
+DOMAINS: dict[str, tuple[int, tuple[int, ...]]] = {
+    "no_action": (0, ()),
+    "av": (1, (9,)),
+    "camera_pose": (2, (9,)),
+    "hand_pose": (3, (57,)),
+    "pusht": (4, (2,)),
+    "libero": (5, ()),
+    "umi": (6, (10,)),
+    "bridge_orig_lerobot": (7, (10,)),
+    "droid_lerobot": (8, (10, 8)),  # 8: seven joints and the gripper
+    "robomind-franka": (8, (10,)),
+    "galbot": (9, (30,)),
+    "robomind-franka-dual": (12, (20,)),
+    "robomind-ur": (13, (10,)),
+    "agibotworld": (15, (29,)),
+    "agibot_gear_gripper": (15, (29,)),
+    "agibot_gear_gripper_ext": (15, (29,)),
+    "fractal": (20, (10,)),
+}
+
+
+def _is_integer(domain: object) -> bool:
+    return isinstance(domain, int) and not isinstance(domain, bool)
+
+
+def resolve_domain_id(domain: str | int) -> int:
+    """Id of a domain name; integers >= 0 stand for themselves. ValueError for anything else."""
+    if isinstance(domain, int) and _is_integer(domain):
+        if domain < 0:
+            raise ValueError(f"domain id must be >= 0, got {domain}")
+        return domain
+    if not isinstance(domain, str) or domain not in DOMAINS:
+        raise ValueError(f"unknown domain {domain!r}; expected one of {sorted(DOMAINS)} or an id")
+    return DOMAINS[domain][0]
+
+
+def resolve_raw_action_dim(
+    domain: str | int, raw_action_dim: int | None = None, *, allow_width: bool = False
+) -> int:
+    """Width of an action row: the explicit one, else the table's.
+
+    An explicit width that the table does not list for this domain raises unless `allow_width`;
+    integer ids and domains without a fixed width need an explicit one.
+    """
+    resolve_domain_id(domain)
+    widths = DOMAINS[domain][1] if isinstance(domain, str) else ()
+    if raw_action_dim is None:
+        if not widths:
+            raise ValueError(f"domain {domain!r} has no fixed action width: give raw_action_dim")
+        return widths[0]
+    if not _is_integer(raw_action_dim) or raw_action_dim < 1:
+        raise ValueError(f"raw_action_dim must be a positive integer, got {raw_action_dim!r}")
+    if widths and raw_action_dim not in widths and not allow_width:
+        raise ValueError(
+            f"raw_action_dim {raw_action_dim} differs from {list(widths)}, the width of domain "
+            f"{domain!r}; pass allow_width=True if that is meant"
+        )
+    return raw_action_dim
