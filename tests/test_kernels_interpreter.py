@@ -2,9 +2,9 @@
 
 TRITON_INTERPRET=1 must be set before triton is imported and spoils every kernel for compilation, so
 this file runs itself once in a child process; each test here then reports its own outcome there.
-bf16 is left out: the interpreter's tl.dot is silently wrong in it. Truth is the reference in float64;
-the bound is twice the error of the reference at the tested dtype. Outputs are NaN-filled between
-guard bands.
+bf16 is left out: the interpreter's tl.dot is silently wrong in it. Truth is the reference in
+float64; the bound is twice the error of the reference at the tested dtype. Outputs are NaN-filled
+between guard bands.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ ATTENTION = {
 
 
 def attention_inputs(batch, tokens, keys, capacity, lengths, queries, kv, dim, dtype):
-    """q, k, v, und_k, und_v (NaN and inf past each length), und_len; k, v are slices of a buffer."""
+    """q, k, v, und_k, und_v (NaN and inf past each length), und_len; k, v are slices."""
     q = random(batch, tokens, queries, dim, dtype=dtype)
     k, v = random(2, batch, keys + 3, kv, dim, dtype=dtype, seed=1)[:, :, :keys].unbind()
     und_k, und_v = random(2, batch, capacity, kv, dim, dtype=dtype, seed=2).unbind()

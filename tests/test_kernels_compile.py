@@ -1,0 +1,130 @@
+"""Every Triton kernel compiles ahead for sm_90, without a GPU, with its production settings.
+
+In a process of its own, in which TRITON_INTERPRET is not set: that would turn every kernel into an
+object that cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import traceback
+
+import pytest
+
+KERNELS = (
+    "rms_norm",
+    "add_rms_norm",
+    "qk_norm_rope",
+    "qk_norm_rope-tp4",
+    "attention",
+    "attention_continue",
+    "causal_attention",
+    "silu_mul",
+    "timestep_add",
+    "unipc_step-1-branch",
+    "unipc_step-2-branches",
+)
+SHARED_LIMIT = 227 * 1024  # bytes a block may use on sm_90
+
+
+def settings(name: str):
+    """(kernel, types of the arguments that are neither *bf16 nor i32, constants, warps)."""
+    from cosmos3_fast.kernels import (
+        attention,
+        qk_norm_rope,
+        rms_norm,
+        silu_mul,
+        timestep_add,
+        unipc_step,
+    )
+
+    op, _, variant = name.partition("-")
+    if op in ("rms_norm", "add_rms_norm"):
+        constants = {"ADD": op == "add_rms_norm", "BLOCK": 4096}
+        return rms_norm._rms_norm_kernel, {"eps": "fp32"}, constants, rms_norm._warps(4096)
+    if op == "qk_norm_rope":
+        heads, warps = qk_norm_rope.TILE
+        queries, keys = (8, 2) if variant else (32, 8)
+        constants = {"QUERIES": queries, "KEYS": keys, "HALF": 64, "HEADS": heads}
+        types = {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "eps": "fp32"}
+        return qk_norm_rope._qk_norm_rope_kernel, types, constants, warps
+    if op == "silu_mul":
+        block, warps = silu_mul.TILES[2]
+        return silu_mul._silu_mul_kernel, {}, {"BLOCK": block}, warps
+    if op == "timestep_add":
+        types = {"step_ptr": "*i32", "noisy_ptr": "*u8"}
+        return timestep_add._timestep_add_kernel, types, {"BLOCK": 4096}, 4
+    if op == "unipc_step":
+        block, warps = unipc_step.TILE
+        floats = ("sample", "last_sample", "x0_prev", "x0_prev2", "clean", "coef")
+        types = {f"{x}_ptr": "*fp32" for x in floats}
+        types |= {"step_ptr": "*i32", "noisy_ptr": "*u8"}
+        constants = {"GUIDED": variant == "2-branches", "BLOCK": block}
+        return unipc_step._unipc_step_kernel, types, constants, warps
+    tables = {
+        "attention": attention.TILES,
+        "attention_continue": attention.CONTINUE_TILES,
+        "causal_attention": attention.CAUSAL_TILES,
+    }
+    tile = tables[op][2]
+    constants = {"GROUP": 4, "DIM": 128}
+    constants |= {"ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.stages}
+    if op == "causal_attention":
+        return attention._causal_kernel, {"scale": "fp32"}, constants, tile.warps
+    continued = op == "attention_continue"
+    constants |= {"CONTINUE": continued, "STORE_LSE": continued}
+    types = {"und_len_ptr": "*i32", "lse_ptr": "*fp32", "scale": "fp32"}
+    return attention._attention_kernel, types, constants, tile.warps
+
+
+def compile_for_h100(name: str) -> dict[str, int]:
+    """Bytes of shared memory and of the binary."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    kernel, types, constants, warps = settings(name)
+    signature = {x: "*bf16" if x.endswith("_ptr") else "i32" for x in kernel.arg_names}
+    signature |= types | dict.fromkeys(constants, "constexpr")
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, x in enumerate(kernel.arg_names)
+        if x.endswith(("_ptr", "_row", "_batch", "_stride"))
+    }
+    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
+    target = GPUTarget("cuda", 90, 32)
+    built = triton.compile(source, target=target, options={"num_warps": warps})
+    return {"shared": built.metadata.shared, "size": len(built.asm["cubin"])}
+
+
+@functools.cache
+def outcomes() -> dict[str, dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles_for_sm_90(name):
+    outcome = outcomes()[name]
+    assert "error" not in outcome, outcome["error"]
+    assert outcome["size"] > 0 and outcome["shared"] <= SHARED_LIMIT, outcome
+
+
+def main() -> None:
+    results = {}
+    for name in KERNELS:
+        try:
+            results[name] = compile_for_h100(name)
+        except Exception:  # reported by the test of that name
+            results[name] = {"error": traceback.format_exc()}
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
