@@ -1,9 +1,9 @@
 """How the ranks of one launch find each other, and their CPU-side channel.
 
-The launch (torchrun, or plain processes with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) is read by
-torch.distributed. Rank 0 compares it with the configuration before any group exists, and every rank
-that has arrived raises what rank 0 found. The channel runs over the launch's key-value store, never
-over a GPU, so a hung device cannot block it.
+The launch (torchrun, or plain processes with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) is
+read by torch.distributed. Rank 0 compares it with the configuration before any group exists, and
+every rank that has arrived raises what rank 0 found. The channel runs over the launch's key-value
+store, never over a GPU, so a hung device cannot block it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Channel:
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
-        self.store = store.clone()
+        self.store = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
         self.store.set_timeout(_seconds(timeout))
         self.rank, self.size, self.timeout = rank, size, timeout
         self._round = 0
@@ -74,7 +74,8 @@ def ranks_text(ranks: list[int]) -> str:
 
 
 def join(config: ParallelConfig, device: torch.device, timeout: float) -> tuple[Channel, bool]:
-    """Meet the other ranks, check the launch against `config`, start torch.distributed if nobody has.
+    """Meet the other ranks, check the launch against `config`, start torch.distributed if nobody
+    has.
 
     Returns the channel and whether this call started the process group. Raises ValueError on every
     rank where launch and configurations disagree, TimeoutError naming the ranks that did not come.
@@ -102,8 +103,8 @@ def join(config: ParallelConfig, device: torch.device, timeout: float) -> tuple[
 def _meet(config: ParallelConfig, timeout: float) -> tuple[dist.Store, int, int]:
     """The launch's store, this rank and the launch's size, without waiting for the other ranks.
 
-    torch's rendezvous makes rank 0 wait for WORLD_SIZE clients and then says only how many came; asked
-    for a world of one it does not wait. A second, client-side rendezvous tells WORLD_SIZE.
+    torch's rendezvous makes rank 0 wait for WORLD_SIZE clients and then says only how many came;
+    asked for a world of one it does not wait. A second, client-side rendezvous tells WORLD_SIZE.
     """
     limit = _seconds(timeout)
     try:

@@ -1,8 +1,9 @@
 """The mesh of ranks (cfg outer, tp inner) and its collectives.
 
-rank = cfg_rank * tp_size + tp_rank. Groups and collectives are torch.distributed's (NCCL on cuda, gloo
-on cpu), peer memory is torch's symmetric memory; at size 1 every collective is the identity. Tensor
-collectives may be captured in a CUDA graph: the communicators exist once `Mesh.create` returns.
+rank = cfg_rank * tp_size + tp_rank. Groups and collectives are torch.distributed's (NCCL on cuda,
+gloo on cpu), peer memory is torch's symmetric memory; at size 1 every collective is the identity.
+Tensor collectives may be captured in a CUDA graph: the communicators exist once `Mesh.create`
+returns.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 COLLECTIVES = ("auto", "nccl", "symmetric")
-# Largest all-reduce, in bytes, for which symmetric memory beats NCCL, by group size. Two-shot and NCCL
-# in a captured graph on H200s over NVLink, us: 24 MB 84 against 109 (2 GPUs), 133 against 137 (4);
-# 3.2 MB 18 against 33, 25 against 36; 0.25 MB 8 against 11, 10 against 15. Sizes without a row: NCCL.
+# Largest all-reduce, in bytes, for which symmetric memory beats NCCL, by group size. Two-shot and
+# NCCL in a captured graph on H200s over NVLink, us: 24 MB 84 against 109 (2 GPUs), 133 against 137
+# (4); 3.2 MB 18 against 33, 25 against 36; 0.25 MB 8 against 11, 10 against 15. Sizes without a
+# row: NCCL.
 TWO_SHOT_BYTES = {2: 32 << 20, 4: 24 << 20}
-# One-shot reads every peer's whole buffer, so its traffic grows with the group: only small messages.
+# One-shot reads every peer's whole buffer, so its traffic grows with the group: only small
+# messages.
 ONE_SHOT_BYTES = {2: 256 << 10, 4: 128 << 10}
 
 
@@ -35,9 +38,9 @@ ONE_SHOT_BYTES = {2: 256 << 10, 4: 128 << 10}
 class Symmetric:
     """Memory of equal size on all ranks of an axis, mapped into each of them.
 
-    `tensor`: this rank's part. `pointers`: every rank's part as a device address in this process, in
-    axis order, for kernels that store to peers; (own address,) at size 1 and on cpu, where ranks cannot
-    see each other's memory.
+    `tensor`: this rank's part. `pointers`: every rank's part as a device address in this process,
+    in axis order, for kernels that store to peers; (own address,) at size 1 and on cpu, where
+    ranks cannot see each other's memory.
     """
 
     tensor: torch.Tensor
@@ -49,8 +52,8 @@ class Symmetric:
 class Mesh:
     """Ranks, groups and collectives of one engine. Build with `Mesh.create` or `Mesh.single`.
 
-    Axes: "tp" (same cfg rank), "cfg" (same tp rank), "world". Every collective must be called by all
-    ranks of its axis, in the same order, with tensors of equal shape and dtype.
+    Axes: "tp" (same cfg rank), "cfg" (same tp rank), "world". Every collective must be called by
+    all ranks of its axis, in the same order, with tensors of equal shape and dtype.
     """
 
     def __init__(
@@ -91,9 +94,10 @@ class Mesh:
     ) -> Mesh:
         """Join the launch. `device` "cuda" without an index is this rank's GPU on its host.
 
-        Uses the process group that exists, or starts one (env://) which `close` then ends. `timeout`:
-        seconds to wait for the other ranks, also the limit of `gather_objects`. Raises ValueError on
-        every rank where the launch does not match `config`, TimeoutError naming missing ranks.
+        Uses the process group that exists, or starts one (env://) which `close` then ends.
+        `timeout`: seconds to wait for the other ranks, also the limit of `gather_objects`. Raises
+        ValueError on every rank where the launch does not match `config`, TimeoutError naming
+        missing ranks.
         """
         device = torch.device(device)
         if config.world_size == 1:
@@ -126,8 +130,8 @@ class Mesh:
     ) -> torch.Tensor:
         """Sum over the axis, in x; or in `out` (same shape, other memory) leaving x undefined.
 
-        Memory from `symmetric(…, axis)` is reduced by torch's one-shot (only with `out`) or two-shot
-        kernel where the table says so; use the returned tensor.
+        Memory from `symmetric(…, axis)` is reduced by torch's one-shot (only with `out`) or
+        two-shot kernel where the table says so; use the returned tensor.
         """
         group = self._groups.get(axis)
         if group is None:
@@ -162,10 +166,11 @@ class Mesh:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Swap strip edges with the world neighbours, bit for bit.
 
-        Sends `first` to rank - 1 and `last` to rank + 1; returns (the `last` of rank - 1, the `first` of
-        rank + 1), None at the ends and where the argument of that name is None, which must be so on all
-        ranks alike. Shapes equal on all ranks, any dtype and strides; 5-D results are channels-last.
-        `among`: only the first so many ranks hold strips; the others get (None, None).
+        Sends `first` to rank - 1 and `last` to rank + 1; returns (the `last` of rank - 1, the
+        `first` of rank + 1), None at the ends and where the argument of that name is None, which
+        must be so on all ranks alike. Shapes equal on all ranks, any dtype and strides; 5-D
+        results are channels-last. `among`: only the first so many ranks hold strips; the others
+        get (None, None).
         """
         count = self.world_size if among is None else among
         if self.rank >= count:
@@ -196,7 +201,8 @@ class Mesh:
     ) -> Symmetric:
         """Allocate memory that the ranks of `axis` share (a collective). Not during a capture.
 
-        Views of `.tensor` are recognised by `all_reduce`. On cpu and at size 1 it is ordinary memory.
+        Views of `.tensor` are recognised by `all_reduce`. On cpu and at size 1 it is ordinary
+        memory.
         """
         group = self._groups.get(axis)
         if group is None or self.device.type != "cuda":
@@ -286,7 +292,9 @@ def _with_index(device: torch.device, index: int | None) -> torch.device:
 
 
 def _pack(x: torch.Tensor | None) -> torch.Tensor | None:
-    """Contiguous, and for 5-D activations in channels-last order, whatever strides the ranks have."""
+    """Contiguous, and for 5-D activations in channels-last order, whatever strides the ranks
+    have.
+    """
     if x is None:
         return None
     return x.movedim(1, -1).contiguous() if x.dim() == 5 else x.contiguous()
