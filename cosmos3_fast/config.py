@@ -1,7 +1,8 @@
 """Configuration: what the user chooses (engine, device, parallel) and what the checkpoint says.
 
-Every class is a frozen dataclass made once. The checkpoint's classes keep the field names of its JSON files;
-a member of the family that this engine does not run is refused by the name of the key, before a weight is read.
+Every class is a frozen dataclass made once. The checkpoint's classes keep the field names of its
+JSON files; a member of the family that this engine does not run is refused by the name of the key,
+before a weight is read.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ PLUGINS = ("cosmos3_policy_wn", "cosmos3_policy")
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """Where the engine runs: `target` is "cuda:N" or "cpu"; `params_dtype` the dtype of both networks."""
+    """Where the engine runs: `target` is "cuda:N" or "cpu"; `params_dtype` the dtype of both
+    networks.
+    """
 
     target: str = "cuda:0"
     params_dtype: torch.dtype = torch.bfloat16
@@ -62,9 +65,10 @@ class RuntimeConfig:
     """How the engine runs.
 
     `use_cuda_graph`: capture the denoising step (CUDA only; False runs the same code eagerly).
-    `step_deadline_s`: seconds one request may take over several ranks before the watchdog ends the process.
-    `max_graphs`, `max_prompts`: bounds of the caches of captured shapes and of prompts' keys and values.
-    `decode_max_bytes`: activation memory the VAE may plan with before it decodes in latent-frame groups.
+    `step_deadline_s`: seconds one request may take over several ranks before the watchdog ends the
+    process. `max_graphs`, `max_prompts`: bounds of the caches of captured shapes and of prompts'
+    keys and values. `decode_max_bytes`: activation memory the VAE may plan with before it decodes
+    in latent-frame groups.
     """
 
     use_cuda_graph: bool = True
@@ -92,9 +96,9 @@ class Cosmos3PolicyWNArgs:
     """Arguments of the policy plugin.
 
     `flow_shift`: shift of the flow and native schedules; None takes the checkpoint's.
-    `use_karras_sigmas`: True karras, False native, None what the checkpoint's files say; `schedule` names one
-    outright ("karras", "flow", "native") and wins. `weight_strict=False` turns unknown tensors in the
-    checkpoint into a warning; a missing tensor or a wrong shape stays an error.
+    `use_karras_sigmas`: True karras, False native, None what the checkpoint's files say; `schedule`
+    names one outright ("karras", "flow", "native") and wins. `weight_strict=False` turns unknown
+    tensors in the checkpoint into a warning; a missing tensor or a wrong shape stays an error.
     """
 
     checkpoint_dir: str | Path | None = None
@@ -113,7 +117,9 @@ class Cosmos3PolicyWNArgs:
 
 @dataclass(frozen=True)
 class EngineArgs:
-    """What `Engine` is built from; `plugin` is "cosmos3_policy_wn" (or its synonym "cosmos3_policy")."""
+    """What `Engine` is built from; `plugin` is "cosmos3_policy_wn" (or its synonym
+    "cosmos3_policy").
+    """
 
     plugin: str = "cosmos3_policy_wn"
     plugin_args: Cosmos3PolicyWNArgs = field(default_factory=Cosmos3PolicyWNArgs)
@@ -125,7 +131,9 @@ class EngineArgs:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError naming the file if it is missing, not JSON or not an object."""
+    """The JSON object in a file; ValueError naming the file if it is missing, not JSON or not an
+    object.
+    """
     path = Path(path)
     try:
         data = json.loads(path.read_text())
@@ -161,7 +169,9 @@ def _take(cls: type, data: Mapping[str, Any], required: Mapping[str, Any], name:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """`transformer/config.json`; the defaults are Nano's. Sizes in elements, `base_fps` in frames a second."""
+    """`transformer/config.json`; the defaults are Nano's. Sizes in elements, `base_fps` in frames a
+    second.
+    """
 
     hidden_size: int = 4096
     intermediate_size: int = 12288
@@ -230,7 +240,9 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """`vae/config.json` of Wan2.2's VAE; the defaults are the real one's, without its 48 means and deviations."""
+    """`vae/config.json` of Wan2.2's VAE; the defaults are the real one's, without its 48 means and
+    deviations.
+    """
 
     base_dim: int = 160
     decoder_base_dim: int = 256
@@ -313,7 +325,9 @@ class CheckpointConfig:
 
     @classmethod
     def read(cls, folder: str | Path) -> CheckpointConfig:
-        """Read every config of a diffusers-layout folder; ValueError names the file or key at fault."""
+        """Read every config of a diffusers-layout folder; ValueError names the file or key at
+        fault.
+        """
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"checkpoint folder {folder} does not exist")

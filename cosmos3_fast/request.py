@@ -1,7 +1,7 @@
 """One policy request: plain data, its checks, and the token layout that follows from it.
 
-`layout(request)` and `check(request, config, …)` read nothing but the request and the checkpoint's configuration,
-so every rank decides alike, before any collective and before any compute.
+`layout(request)` and `check(request, config, …)` read nothing but the request and the checkpoint's
+configuration, so every rank decides alike, before any collective and before any compute.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ def pixel_to_latent_shape(num_frames: int, height: int, width: int) -> tuple[int
 
 @dataclass
 class Cosmos3ActionRequest:
-    """One request; PhyAI's fields, then ours. Every tensor has a batch axis of 1 and may lie on any device.
+    """One request; PhyAI's fields, then ours. Every tensor has a batch axis of 1 and may lie on any
+    device.
 
-    text_ids, text_mask, neg_text_ids, neg_text_mask: `[1, n]` integers; mask zeros may only be a tail, which is cut.
-    video_shape: latent `(t, h, w)`; t is action_chunk // 4 + 1, or 1.
-    cond_video_latents `[1, C, t', h, w]` (normalised) or cond_video_pixels `[1, 3, T, H, W]` (float in [-1, 1] or
-    uint8) hold the clean frames; t' and T may stop after the last clean frame; a latent larger than video_shape is
-    cut to it at the right and bottom.
-    cond_action `[1, action_chunk, action_dim]`: all rows of forward_dynamics. fps in frames a second.
-    clean_action `[1, r, raw_action_dim]`: r rows in front of the chunk, held clean and dropped from the result.
-    action_frame_offset: video frame of the first action row; None is 1 - r.
-    guidance_interval: `(lo, hi)` in timesteps 0..1000; the unconditional branch runs where lo < t < hi.
+    text_ids, text_mask, neg_text_ids, neg_text_mask: `[1, n]` integers; mask zeros may only be a
+    tail, which is cut. video_shape: latent `(t, h, w)`; t is action_chunk // 4 + 1, or 1.
+    cond_video_latents `[1, C, t', h, w]` (normalised) or cond_video_pixels `[1, 3, T, H, W]` (float
+    in [-1, 1] or uint8) hold the clean frames; t' and T may stop after the last clean frame; a
+    latent larger than video_shape is cut to it at the right and bottom. cond_action `[1,
+    action_chunk, action_dim]`: all rows of forward_dynamics. fps in frames a second. clean_action
+    `[1, r, raw_action_dim]`: r rows in front of the chunk, held clean and dropped from the result.
+    action_frame_offset: video frame of the first action row; None is 1 - r. guidance_interval:
+    `(lo, hi)` in timesteps 0..1000; the unconditional branch runs where lo < t < hi.
     """
 
     text_ids: torch.Tensor
@@ -72,10 +73,12 @@ class Cosmos3ActionRequest:
 
 @dataclass(frozen=True)
 class Layout:
-    """The tokens of one request: `frames x patch_rows x patch_cols` video tokens, then `rows` action tokens.
+    """The tokens of one request: `frames x patch_rows x patch_cols` video tokens, then `rows`
+    action tokens.
 
-    `clean_frames` are latent frames that stay as given, `clean_rows` counts the leading action rows that do.
-    `dropped_rows` of them do not belong to the result. `offset` is the video frame of action row 0.
+    `clean_frames` are latent frames that stay as given, `clean_rows` counts the leading action rows
+    that do. `dropped_rows` of them do not belong to the result. `offset` is the video frame of
+    action row 0.
     """
 
     frames: int
@@ -118,7 +121,9 @@ class Layout:
 
 
 def clean_frames(request: Cosmos3ActionRequest) -> tuple[int, ...]:
-    """Latent frames held clean: the request's own list, else all of them (inverse_dynamics) or frame 0."""
+    """Latent frames held clean: the request's own list, else all of them (inverse_dynamics) or
+    frame 0.
+    """
     if request.cond_frame_indexes is not None:
         return tuple(sorted({int(i) for i in request.cond_frame_indexes}))
     return tuple(range(request.video_shape[0])) if request.mode == "inverse_dynamics" else (0,)
@@ -218,9 +223,7 @@ def _check_video(
             f"cond_frame_indexes must lie in [0, {shape[0]}) (latent frames), got {frames}"
         )
     if request.cond_video_latents is not None:
-        _check_latents(
-            request.cond_video_latents, shape, frames, config.latent_channel
-        )
+        _check_latents(request.cond_video_latents, shape, frames, config.latent_channel)
     elif request.cond_video_pixels is not None:
         _check_pixels(request.cond_video_pixels, shape, frames)
         if not has_encoder:

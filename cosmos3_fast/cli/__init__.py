@@ -1,0 +1,47 @@
+"""The command `cosmos3-fast`: argv lives here alone."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from cosmos3_fast.cli import check, demo, info, run, tiny
+
+COMMANDS = {
+    "run": run,
+    "info": info,
+    "check": check,
+    "demo": demo,
+    "make-tiny": tiny,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command's parser; each subcommand adds its own flags."""
+    top = argparse.ArgumentParser(
+        prog="cosmos3-fast", description="Fast, exact inference of Cosmos3 robot policies."
+    )
+    top.add_argument("-v", "--verbose", action="store_true", help="log what the engine does")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").splitlines()[0]
+        sub = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(sub)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it worked, 2 with one line on stderr for bad input."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        COMMANDS[args.command].main(args)
+    except (ValueError, ImportError) as error:
+        print(f"cosmos3-fast {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,81 @@
+"""Say what a request would be: canvas, tokens, prompt, sigmas, memory. Reads no weights."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+import torch
+
+from cosmos3_fast import denoise
+from cosmos3_fast.cli.flags import Settings, add_device_flags, add_request_flags
+from cosmos3_fast.cli.run import request_of
+from cosmos3_fast.config import CheckpointConfig
+from cosmos3_fast.graph import ShapeKey
+from cosmos3_fast.model import Cosmos3Transformer, parameter_bytes
+from cosmos3_fast.parallel import Mesh
+from cosmos3_fast.vae import WanVAE
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `run` that decide shapes; without --image a blank picture of --height x --width."""
+    add_device_flags(parser)
+    add_request_flags(parser)
+    parser.add_argument("--image")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print one line a fact."""
+    settings = Settings.of(args)
+    checkpoint = CheckpointConfig.read(args.checkpoint)
+    config = checkpoint.transformer
+    processor = settings.processor("cpu")
+    image = args.image or np.zeros((args.height, args.width, 3), dtype=np.uint8)
+    actions = torch.zeros(1, processor.raw_action_dim)
+    cond_action = actions if args.mode == "forward_dynamics" else None
+    processed = processor.preprocess(
+        {"images": image, "task": args.prompt, "cond_action": cond_action}
+    )
+    request = request_of(processed, settings)
+    schedule = denoise.schedule_of(
+        settings.plugin_args(False), checkpoint.scheduler, request.num_inference_steps
+    )
+    plan = denoise.plan(request, config, schedule)
+    canvas = "x".join(str(side) for side in processed.pixel_values.shape[3:])
+    frames, rows, cols = plan.layout.grid
+    facts = {
+        "canvas (HxW)": canvas,
+        "video (frames, H, W)": processed.video_shape,
+        "latents (t, h, w)": request.video_shape,
+        "tokens": f"{plan.layout.tokens} = {frames}x{rows}x{cols} video + {plan.layout.rows} action",
+        "text tokens": ", ".join(str(len(ids)) for ids in plan.prompts),
+        "prompt": processed.caption,
+        f"sigmas ({schedule.name})": " ".join(f"{s:.6g}" for s in schedule.sigmas),
+        "timesteps": " ".join(map(str, schedule.timesteps)),
+        "network calls": sum(1 + flag for flag in plan.guided),
+    } | _memory(settings, checkpoint, plan.key, plan.layout.values)
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        sys.stdout.write(f"{name:<{width}}  {value}\n")
+
+
+def _memory(
+    settings: Settings, checkpoint: CheckpointConfig, key: ShapeKey, values: int
+) -> dict[str, str]:
+    """Bytes that a rank holds before any activation: weights, prompts' keys and values, state."""
+    meta, config, args = torch.device("meta"), checkpoint.transformer, settings.args
+    mesh = Mesh(meta, cfg_size=args.cfg, tp_size=args.tp)
+    place = {"device": meta, "dtype": settings.dtype}
+    weights = parameter_bytes(Cosmos3Transformer(config, mesh, **place))
+    if checkpoint.vae is not None:
+        weights += parameter_bytes(WanVAE(checkpoint.vae, mesh=mesh, **place))
+    size = settings.dtype.itemsize
+    rows = 2 * config.num_hidden_layers * key.branches * key.capacity
+    prompts = rows * config.num_key_value_heads // args.tp * config.head_dim * size
+    state = values * (5 * 4 + 1 + size * (1 + key.branches))
+    return {
+        "weights a rank": f"{weights / 1e9:.2f} GB",
+        "prompt keys and values": f"{prompts / 1e6:.1f} MB (capacity {key.capacity} tokens)",
+        "denoising state": f"{state / 1e6:.1f} MB",
+    }

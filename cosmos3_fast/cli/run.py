@@ -1,0 +1,138 @@
+"""Run one request: observation and instruction in, action JSON, rollout video and plot out.
+
+Alone or under torchrun; every rank runs, rank 0 alone prints and writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cosmos3_fast.cli.flags import Settings, add_device_flags, add_request_flags, numbers
+from cosmos3_fast.cli.output import require_writers, write_results
+from cosmos3_fast.engine import Engine
+from cosmos3_fast.processor import (
+    DROID,
+    Cosmos3PolicyProcessedInputs,
+    Cosmos3PolicyProcessor,
+    read_actions,
+)
+from cosmos3_fast.processor.views import compose_droid_views, droid_mosaic
+from cosmos3_fast.request import Cosmos3ActionRequest, pixel_to_latent_shape
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the example script, and ours."""
+    add_device_flags(parser)
+    add_request_flags(parser)
+    add = parser.add_argument
+    add("--image", nargs="+", help="one image; with --preset droid a mosaic, or wrist left right")
+    add("--video", help="observation clip instead of --image")
+    add("--state", help="--preset droid: 7 joints in radians and the gripper, comma-separated")
+    add("--action-file", help="JSON actions (forward_dynamics)")
+    add("--action-chunk-index", type=int, default=0)
+    add("--no-video", action="store_true", help="do not decode the rollout")
+    add("--out", default=".cache/cosmos3_policy_wn", help="prefix of the files written")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build the engine, run the request, write the results on rank 0."""
+    settings = Settings.of(args)
+    _check_flags(args)
+    with Engine(settings.engine_args(not args.no_video), progress=True) as engine:
+        main_rank = engine.mesh.rank == 0
+        try:
+            require_writers(not args.no_video and main_rank, main_rank)
+            processor, request = _request(settings, engine.device)
+        except (ValueError, ImportError) as error:
+            engine.refuse(ValueError(str(error)))
+        steps = tqdm(total=request.num_inference_steps, unit="step", disable=not main_rank)
+        with steps:
+            result = engine.step(request, on_step=lambda _: steps.update())
+        if main_rank:
+            _finish(settings, engine, processor.postprocess(result))
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    if (args.image is None) == (args.video is None):
+        raise ValueError("pass exactly one of --image and --video")
+    droid = args.preset == "droid"
+    if droid and args.state is None:
+        raise ValueError("--preset droid needs --state (7 joints in radians and the gripper)")
+    if args.image and len(args.image) not in ((1, 3) if droid else (1,)):
+        allowed = "1 or 3 images" if droid else "1 image"
+        raise ValueError(f"--image takes {allowed} here, got {len(args.image)}")
+    if args.mode == "forward_dynamics" and args.action_file is None:
+        raise ValueError("--mode forward_dynamics needs --action-file")
+
+
+def _observation(args: argparse.Namespace) -> Any:
+    if args.video is not None:
+        return args.video
+    if args.preset == "droid":
+        return (
+            compose_droid_views(*args.image)
+            if len(args.image) == 3
+            else droid_mosaic(args.image[0])
+        )
+    return args.image[0]
+
+
+def _request(
+    settings: Settings, device: torch.device
+) -> tuple[Cosmos3PolicyProcessor, Cosmos3ActionRequest]:
+    args = settings.args
+    processor = settings.processor(device)
+    inputs = {"images": _observation(args), "task": args.prompt}
+    if args.mode == "forward_dynamics":
+        inputs["cond_action"] = read_actions(args.action_file, args.action_chunk_index)
+    clean_action = None
+    if args.preset == "droid":
+        state = numbers(args.state, "--state", 8)
+        assert state is not None
+        clean_action = DROID().encode_state(state[:-1], state[-1])
+    processed = processor.preprocess(inputs)
+    return processor, request_of(processed, settings, clean_action)
+
+
+def request_of(
+    processed: Cosmos3PolicyProcessedInputs,
+    settings: Settings,
+    clean_action: torch.Tensor | None = None,
+) -> Cosmos3ActionRequest:
+    """The request of processed inputs and the sampling flags."""
+    return Cosmos3ActionRequest(
+        text_ids=processed.text_ids,
+        text_mask=processed.text_mask,
+        neg_text_ids=processed.neg_text_ids,
+        neg_text_mask=processed.neg_text_mask,
+        video_shape=pixel_to_latent_shape(*processed.video_shape),
+        mode=processed.mode,
+        domain_id=processed.domain_id,
+        action_chunk=processed.action_chunk,
+        raw_action_dim=processed.raw_action_dim,
+        cond_video_pixels=processed.pixel_values,
+        cond_action=processed.cond_action,
+        cond_frame_indexes=processed.cond_frame_indexes,
+        clean_action=clean_action,
+        **settings.sampling(),  # type: ignore[arg-type]
+    )
+
+
+def _finish(settings: Settings, engine: Engine, results: dict[str, torch.Tensor]) -> None:
+    """Print times and write the files."""
+    args = settings.args
+    if args.preset == "droid":
+        results["action"] = DROID().decode_action(results["action"])
+    fps = float(settings.values["fps"])  # type: ignore[arg-type]
+    title = f"{args.mode}, {settings.values['domain_name']}"
+    written = write_results(args.out, results, fps, title)
+    times = ", ".join(f"{stage} {ms:.1f}" for stage, ms in engine.times.items())
+    print(f"ms: {times}; total {sum(engine.times.values()):.1f}")
+    if engine.peak_bytes:
+        print(f"peak device memory: {engine.peak_bytes / 2**30:.2f} GiB")
+    for path in written:
+        print(f"wrote {path}")

@@ -1,0 +1,116 @@
+"""The denoising loop: what one request will do, decided ahead, and the loop that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cosmos3_fast import sampler
+from cosmos3_fast.config import Cosmos3PolicyWNArgs, SchedulerConfig, TransformerConfig
+from cosmos3_fast.graph import ShapeKey, StepRunner, branch_range
+from cosmos3_fast.latents import Masks, masks
+from cosmos3_fast.layers.rotary import media_positions
+from cosmos3_fast.parallel import Mesh
+from cosmos3_fast.request import Cosmos3ActionRequest, Layout, layout, prompt_ids
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a request decides, on the host, equal on every rank.
+
+    `prompts`: token ids of each branch (conditional, unconditional). `guided[i]`: whether step i
+    runs both.
+    """
+
+    layout: Layout
+    masks: Masks
+    schedule: sampler.Schedule
+    guided: tuple[bool, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    key: ShapeKey
+
+    def branches(self, mesh: Mesh) -> tuple[int, ...]:
+        """The branches whose prompts this rank needs, over all steps."""
+        ranges = (range(*branch_range(flag, mesh)) for flag in set(self.guided))
+        return tuple(sorted({branch for part in ranges for branch in part}))
+
+
+def schedule_of(args: Cosmos3PolicyWNArgs, config: SchedulerConfig, steps: int) -> sampler.Schedule:
+    """The schedule of `steps` steps that the arguments and the checkpoint's files ask for."""
+    name = sampler.resolve_schedule(
+        args.schedule,
+        args.use_karras_sigmas,
+        {"use_karras_sigmas": config.use_karras_sigmas},
+        {"use_native_flow_schedule": config.use_native_flow_schedule},
+    )
+    shift = config.flow_shift if args.flow_shift is None else args.flow_shift
+    return sampler.sigmas(
+        name, steps, shift=shift, sigma_min=config.sigma_min, sigma_max=config.sigma_max
+    )
+
+
+def plan(
+    request: Cosmos3ActionRequest,
+    config: TransformerConfig,
+    schedule: sampler.Schedule,
+) -> Plan:
+    """The plan of a checked request; ValueError when nothing is left to generate."""
+    shape = layout(request, config)
+    mask = masks(shape, request.raw_action_dim)
+    if not len(mask.video_rows) + len(mask.action_rows):
+        raise ValueError(
+            f"every video frame {shape.clean_frames} and action row is clean: nothing to generate"
+        )
+    with_guidance = request.guidance_scale != 1.0
+    guided = sampler.guided_steps(schedule.timesteps, request.guidance_interval)
+    prompts = [
+        prompt_ids(request.text_ids, request.text_mask, "text_ids", config.vocab_size),
+    ]
+    if with_guidance:
+        prompts.append(
+            prompt_ids(
+                request.neg_text_ids, request.neg_text_mask, "neg_text_ids", config.vocab_size
+            )
+        )
+    longest = max(len(ids) for ids in prompts)
+    return Plan(
+        layout=shape,
+        masks=mask,
+        schedule=schedule,
+        guided=tuple(flag and with_guidance for flag in guided),
+        prompts=tuple(tuple(ids) for ids in prompts),
+        key=ShapeKey.of(shape, mask, len(prompts), longest, schedule.steps),
+    )
+
+
+def load(runner: StepRunner, plan: Plan, request: Cosmos3ActionRequest) -> None:
+    """Copy a plan into a runner's buffers; prompts and state are set apart."""
+    config, device = runner.model.config, runner.model.device
+    runner.set_domain(request.domain_id)
+    runner.set_masks(plan.layout, request.raw_action_dim, plan.masks)
+    for branch, ids in enumerate(plan.prompts):
+        key = (plan.layout, len(ids), request.fps)
+        runner.set_positions(
+            branch,
+            key,
+            lambda n=len(ids): media_positions(plan.layout, n, request.fps, config, device),
+        )
+    table = sampler.coefficients(plan.schedule.sigmas, request.guidance_scale, guided=plan.guided)
+    runner.set_schedule(plan.schedule.timesteps, torch.from_numpy(table))
+
+
+def denoise(
+    runner: StepRunner, plan: Plan, on_step: Callable[[int], None] | None = None
+) -> torch.Tensor:
+    """Run every step on a loaded runner; returns the final state float32 [N] (the runner's own
+    buffer).
+
+    `on_step(i)` is called when step i has been issued; nothing in the loop waits for the device.
+    """
+    for index, guided in enumerate(plan.guided):
+        runner.step(guided)
+        if on_step is not None:
+            on_step(index)
+    return runner.sample

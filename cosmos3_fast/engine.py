@@ -1,0 +1,439 @@
+"""The engine: observation and instruction in, actions and the imagined rollout out.
+
+`Engine` puts the parts together: it reads the checkpoint's configuration, loads this rank's part of
+the weights and answers requests one at a time. `docs/architecture.md` tells the life of a request.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar, cast
+
+import numpy as np
+import torch
+
+from cosmos3_fast import agreement, denoise, latents, ops, sampler
+from cosmos3_fast.checkpoint import open_checkpoint
+from cosmos3_fast.config import (
+    CheckpointConfig,
+    Cosmos3PolicyWNArgs,
+    DeviceConfig,
+    EngineArgs,
+    EngineConfig,
+    ParallelConfig,
+    RuntimeConfig,
+)
+from cosmos3_fast.graph import Captured, StepRunner
+from cosmos3_fast.loader import LoadReport, load, progress_bar
+from cosmos3_fast.model import Cosmos3Transformer, parameter_bytes
+from cosmos3_fast.parallel import Mesh
+from cosmos3_fast.request import TEMPORAL_FACTOR, Cosmos3ActionRequest, Layout, check
+from cosmos3_fast.stages import Stages
+from cosmos3_fast.vae import WanVAE
+from cosmos3_fast.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Und = tuple[torch.Tensor, torch.Tensor]  # keys and values of a prompt
+Encoder = tuple[torch.Tensor, Captured[torch.Tensor]]  # its pixels, and the call that encodes them
+MAX_ENCODERS = 4  # captured encoder shapes kept
+
+
+class Engine:
+    """One policy on one device, or one rank of it.
+
+    `step(request)` must be called on every rank with the same request. After it, `times` holds the
+    milliseconds of each stage and `peak_bytes` the device memory of the process so far. A refused
+    request (ValueError) leaves the engine as it was; over several ranks any later error makes it
+    refuse further requests (RuntimeError).
+    """
+
+    def __init__(self, args: EngineArgs, *, progress: bool = False) -> None:
+        """Build and load. ValueError names the file, key or number that does not fit, on every rank
+        alike.
+        """
+        self.args = args
+        self.mesh = Mesh.create(args.config.parallel, _device(args.config.device))
+        self.device = self.mesh.device
+        self.times: dict[str, float] = {}
+        self.load_reports: dict[str, LoadReport] = {}
+        self.vae: WanVAE | None = None
+        self._failed, self._requests = "", 0
+        self._runners: OrderedDict[Hashable, StepRunner] = OrderedDict()
+        self._encoders: OrderedDict[Hashable, Encoder] = OrderedDict()
+        self._prompts: OrderedDict[tuple[int, ...], Und] = OrderedDict()
+        self._host = ThreadPoolExecutor(1, thread_name_prefix="cosmos3-noise")
+        self._watchdog: Watchdog | None = None
+        try:
+            self.checkpoint = self._together(self._read_checkpoint)
+            self._together(lambda: self._build(progress))
+            deadline = args.config.runtime.step_deadline_s
+            self._watchdog = Watchdog(self.mesh, deadline=deadline)
+        except BaseException:
+            self.close()
+            raise
+        self._report()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        dir_or_hub_id: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        cfg_size: int = 1,
+        tp_size: int = 1,
+        schedule: str | None = None,
+        flow_shift: float | None = None,
+        decode_video: bool = False,
+        use_cuda_graph: bool = True,
+    ) -> Engine:
+        """An engine of a checkpoint folder, or of a model on the Hugging Face hub.
+
+        device: None is this rank's GPU where there is one, else "cpu". dtype: None is bfloat16 on a
+        GPU, float32 on a CPU. schedule, flow_shift: None is what the checkpoint says.
+        """
+        folder = Path(dir_or_hub_id)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(str(dir_or_hub_id), revision=revision))
+        target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        on_gpu = torch.device(target).type == "cuda"
+        params_dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
+        plugin = Cosmos3PolicyWNArgs(
+            checkpoint_dir=folder,
+            flow_shift=flow_shift,
+            use_karras_sigmas=None,
+            decode_video=decode_video,
+            schedule=schedule,
+        )
+        config = EngineConfig(
+            device=DeviceConfig(target, params_dtype),
+            parallel=ParallelConfig(cfg_size * tp_size, cfg_size, tp_size),
+            runtime=RuntimeConfig(use_cuda_graph=use_cuda_graph),
+        )
+        return cls(EngineArgs(plugin_args=plugin, config=config))
+
+    def step(
+        self,
+        request: Cosmos3ActionRequest,
+        *,
+        on_step: Callable[[int], None] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Run one request.
+
+        Returns "action" float32 [1, action_chunk, raw_action_dim], "video" float32 [1, C, t, h, w]
+        (normalised latents) and, with decode_video, "pixels" float32 [1, 3, T, H, W] in [0, 1], on
+        the engine's device. Raises ValueError for a request that cannot run (on every rank, before
+        any compute), FloatingPointError when a result is not finite: nothing is returned then.
+        `on_step(i)` is called as step i is issued.
+        """
+        if self._failed:
+            raise RuntimeError(f"this engine must be rebuilt: {self._failed}")
+        assert self._watchdog is not None
+        plan = self._agree(request)
+        self._requests += 1
+        try:
+            with torch.no_grad(), self._watchdog.step(self._requests):
+                return self._run(request, plan, on_step)
+        except BaseException as error:
+            if self.mesh.world_size > 1:
+                self._failed = f"{type(error).__name__}: {error}"
+            raise
+
+    def refuse(self, error: ValueError) -> NoReturn:
+        """Take part in this request with an error instead of a request (an unreadable file, say).
+
+        Every rank raises ValueError; the other ranks call `step` or `refuse` as for any request.
+        """
+        agreement.agree(self.mesh, {}, error=error)
+        raise error
+
+    def warmup(self, request: Cosmos3ActionRequest) -> None:
+        """Compile, capture and fill the caches for requests of this one's shape; its result is
+        dropped.
+        """
+        for _ in range(2):
+            self.step(request)
+
+    def close(self) -> None:
+        """Give back graphs, then symmetric memory, then the process group the engine started."""
+        if self._watchdog is not None:
+            self._watchdog.close()
+        self._host.shutdown()
+        for runner in self._runners.values():
+            runner.close()
+        for _, encoder in self._encoders.values():
+            encoder.reset()
+        self._runners.clear()
+        self._encoders.clear()
+        self._prompts.clear()
+        self.vae = None
+        self.mesh.close()
+        self._failed = "closed"
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest device memory in use so far, in bytes; 0 on the CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    # -- building ---------------------------------------------------------------------------------------------
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """work() on every rank; if it raises ValueError on any, every rank raises."""
+        error, result, facts = None, None, {}
+        try:
+            result = work()
+            if isinstance(result, CheckpointConfig):
+                facts = self._facts(result)
+        except ValueError as caught:
+            error = caught
+        agreement.agree(self.mesh, facts, error=error)
+        return cast(T, result)
+
+    def _facts(self, checkpoint: CheckpointConfig) -> dict[str, str]:
+        """What must be equal on all ranks before weights are read."""
+        facts = agreement.facts(self.args.plugin_args, skip=("checkpoint_dir",))
+        facts |= agreement.facts(checkpoint, "checkpoint.", skip=("folder",))
+        facts |= agreement.facts(self.args.config.runtime)
+        for part in ("transformer", "vae"):
+            if part == "transformer" or checkpoint.vae is not None:
+                tensors = open_checkpoint(checkpoint.folder / part)
+                listing = [[n, *t.shape, str(t.dtype)] for n, t in sorted(tensors.items())]
+                facts[f"{part} tensors"] = agreement.digest(listing)
+        return facts | {"dtype": agreement.digest(self.args.config.device.params_dtype)}
+
+    def _read_checkpoint(self) -> CheckpointConfig:
+        plugin = self.args.plugin_args
+        if plugin.checkpoint_dir is None:
+            raise ValueError("Cosmos3PolicyWNArgs.checkpoint_dir is not set")
+        checkpoint = CheckpointConfig.read(plugin.checkpoint_dir)
+        if plugin.decode_video and checkpoint.vae is None:
+            raise ValueError(f"decode_video needs {checkpoint.folder / 'vae'}, which is missing")
+        denoise.schedule_of(plugin, checkpoint.scheduler, 1)
+        return checkpoint
+
+    def _build(self, progress: bool) -> None:
+        config, folder = self.args.config, self.checkpoint.folder
+        place = {"device": self.device, "dtype": config.device.params_dtype}
+        self.model = Cosmos3Transformer(self.checkpoint.transformer, self.mesh, **place)
+        parts: list[tuple[str, Cosmos3Transformer | WanVAE]] = [("transformer", self.model)]
+        if self.checkpoint.vae is not None:
+            self.vae = WanVAE(self.checkpoint.vae, mesh=self.mesh, **place)
+            parts.append(("vae", self.vae))
+        for name, part in parts:
+            show = progress and self.mesh.rank == 0
+            self.load_reports[name] = load(
+                part.slots(),
+                open_checkpoint(folder / name),
+                unused=part.unused,
+                strict=self.args.plugin_args.weight_strict,
+                progress=progress_bar(name) if show else None,
+            )
+
+    def _report(self) -> None:
+        """Log what runs where, once."""
+        if self.mesh.rank:
+            return
+        model, runtime = self.model, self.args.config.runtime
+        size = parameter_bytes(model) + (parameter_bytes(self.vae) if self.vae else 0)
+        log.info(
+            "%s %s, mesh cfg %d x tp %d, %.2f GB of weights a rank, graphs %s",
+            self.device, model.dtype, self.mesh.cfg_size, self.mesh.tp_size, size / 1e9,
+            "on" if runtime.use_cuda_graph and self.device.type == "cuda" else "off",
+        )  # fmt: skip
+        for name, report in self.load_reports.items():
+            log.info("%s: %s", name, report)
+        rows = ops.backends(self.device)
+        log.info("ops: %s", ", ".join(f"{op} {where}" for op, where in rows.items()))
+
+    # -- one request ------------------------------------------------------------------------------------------
+
+    def _agree(self, request: Cosmos3ActionRequest) -> denoise.Plan:
+        """Check the request here and its digest across ranks; every rank raises, or none."""
+        plan, error = None, None
+        try:
+            check(request, self.checkpoint.transformer, has_encoder=self.vae is not None)
+            steps = request.num_inference_steps
+            schedule = denoise.schedule_of(self.args.plugin_args, self.checkpoint.scheduler, steps)
+            plan = denoise.plan(request, self.checkpoint.transformer, schedule)
+        except ValueError as caught:
+            error = caught
+        compare = error is None and self.mesh.world_size > 1
+        held = agreement.facts(request) if compare else {}
+        state = {}
+        if plan is not None:
+            state = {f"prompt {i}": ids in self._prompts for i, ids in enumerate(plan.prompts)}
+            state["runner"] = plan.key in self._runners
+        together = agreement.agree(self.mesh, held, error=error, state=state)
+        assert plan is not None
+        if together != state:
+            self._forget(plan)
+        return plan
+
+    def _forget(self, plan: denoise.Plan) -> None:
+        """Ranks differ in what they have cached: all of them start this request without it."""
+        for ids in plan.prompts:
+            self._prompts.pop(ids, None)
+        runner = self._runners.pop(plan.key, None)
+        if runner is not None:
+            runner.close()
+
+    def _run(
+        self,
+        request: Cosmos3ActionRequest,
+        plan: denoise.Plan,
+        on_step: Callable[[int], None] | None,
+    ) -> dict[str, torch.Tensor]:
+        stages = Stages(self.device)
+        noise = self._host.submit(_noise, plan.layout, request.seed)
+        runner = self._runner(plan)
+        stages.mark("prepare")
+        clean = self._clean(request, plan.layout)
+        stages.mark("encode")
+        for branch in plan.branches(self.mesh):
+            ids = plan.prompts[branch]
+            runner.set_prompt(branch, ids, self._und(ids))
+        stages.mark("prompt")
+        denoise.load(runner, plan, request)
+        runner.set_state(self._noise_state(noise, plan.layout), clean)
+        stages.mark("load")
+        state = denoise.denoise(runner, plan, on_step)
+        stages.mark("denoise")
+        video, rows = latents.split(state, plan.layout)
+        result = {
+            "action": rows[:, plan.layout.dropped_rows :, : request.raw_action_dim].clone(),
+            "video": video,
+        }
+        if self.args.plugin_args.decode_video:
+            assert self.vae is not None
+            result["pixels"] = self.vae.decode(video)
+            stages.mark("decode")
+        _require_finite(result | {"state": state})
+        self.times = stages.milliseconds()
+        return result
+
+    def _runner(self, plan: denoise.Plan) -> StepRunner:
+        """The runner of the plan's shape, its steps captured; the least recently used one goes."""
+
+        def make() -> StepRunner:
+            capture = self.args.config.runtime.use_cuda_graph
+            return StepRunner(plan.key, plan.layout, self.model, capture=capture)
+
+        runner = _cached(
+            self._runners, plan.key, make, self.args.config.runtime.max_graphs, StepRunner.close
+        )
+        for guided in sorted(set(plan.guided)):
+            if runner.prepare(guided):
+                log.info("prepared %s, guided %s", plan.key, guided)
+        return runner
+
+    def _und(self, ids: tuple[int, ...]) -> Und:
+        """Keys and values of a prompt, computed once while it stays among the last used."""
+        return _cached(
+            self._prompts,
+            ids,
+            lambda: self.model.encode_prompt(ids),
+            self.args.config.runtime.max_prompts,
+        )
+
+    def _clean(self, request: Cosmos3ActionRequest, layout: Layout) -> torch.Tensor:
+        """float32 [N]: the clean values of the state, pixels encoded where they are given."""
+        given = request.cond_video_latents
+        if given is None and layout.clean_frames:
+            assert request.cond_video_pixels is not None
+            given = self._encode(request.cond_video_pixels, layout.clean_frames[-1])
+        actions = request.cond_action if request.mode == "forward_dynamics" else None
+        return latents.clean_state(layout, given, actions, request.clean_action, self.device)
+
+    def _encode(self, pixels: torch.Tensor, last_frame: int) -> torch.Tensor:
+        """Latents of the causal prefix that latent frames 0..last_frame need."""
+        assert self.vae is not None
+        vae, pixels = self.vae, pixels[:, :, : 1 + TEMPORAL_FACTOR * last_frame].to(self.device)
+        if pixels.dtype == torch.uint8:
+            pixels = ops.image_to_tensor(pixels[0].permute(1, 2, 3, 0))[None]
+
+        def make() -> Encoder:
+            static = torch.zeros_like(pixels, dtype=vae.dtype, memory_format=torch.channels_last_3d)
+            capture = self.args.config.runtime.use_cuda_graph
+            return static, Captured(lambda: vae.encode(static), self.device, capture)
+
+        static, encode = _cached(
+            self._encoders, tuple(pixels.shape), make, MAX_ENCODERS, lambda pair: pair[1].reset()
+        )
+        static.copy_(pixels)
+        return encode()
+
+    def _noise_state(
+        self, noise: Future[tuple[np.ndarray, np.ndarray]], layout: Layout
+    ) -> torch.Tensor:
+        video, action = (torch.from_numpy(part).to(self.device) for part in noise.result())
+        return latents.flatten(video, action, layout)
+
+
+def _noise(layout: Layout, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Video and action noise: two fresh generators with one seed."""
+    shape = (1, layout.channels, layout.frames, layout.height, layout.width)
+    return sampler.noise(seed, shape), sampler.noise(seed, (1, layout.rows, layout.action_dim))
+
+
+def _require_finite(result: dict[str, torch.Tensor]) -> None:
+    """FloatingPointError naming what holds a NaN or an infinity. The one wait for the device in a
+    request.
+    """
+    flags = torch.stack([torch.isfinite(tensor).all() for tensor in result.values()]).tolist()
+    bad = [name for name, finite in zip(result, flags, strict=True) if not finite]
+    if bad:
+        raise FloatingPointError(f"not finite, so nothing is returned: {', '.join(bad)}")
+
+
+def _cached(
+    cache: OrderedDict[Any, T],
+    key: Hashable,
+    make: Callable[[], T],
+    bound: int,
+    drop: Callable[[T], None] | None = None,
+) -> T:
+    """cache[key], made if missing; the least recently used entries beyond `bound` are dropped
+    first.
+    """
+    if key in cache:
+        cache.move_to_end(key)
+        return cache[key]
+    while len(cache) >= bound:
+        _, old = cache.popitem(last=False)
+        if drop is not None:
+            drop(old)
+    cache[key] = make()
+    return cache[key]
+
+
+def _device(config: DeviceConfig) -> torch.device:
+    """The configured device; ValueError when it is not there."""
+    device = torch.device(config.target)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {config.target} was asked for, but no CUDA GPU is available")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device {config.target} was asked for; there are {torch.cuda.device_count()} GPUs"
+            )
+    return device

@@ -1,0 +1,41 @@
+"""SwiGLU: down(silu(gate x) * up x), gate and up as one product."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from cosmos3_fast import ops
+from cosmos3_fast.checkpoint import Slot
+from cosmos3_fast.config import TransformerConfig
+from cosmos3_fast.layers.linear import MergedColumnLinear, RowLinear
+from cosmos3_fast.parallel import Mesh
+
+
+class GatedMLP(nn.Module):
+    """One tower's MLP in one layer; `name` is its prefix in the checkpoint."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        name: str,
+        mesh: Mesh,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        place = {"device": device, "dtype": dtype}
+        parts = {f"{name}.gate_proj": inner, f"{name}.up_proj": inner}
+        self.gate_up = MergedColumnLinear(hidden, parts, mesh, **place)
+        self.down = RowLinear(inner, hidden, f"{name}.down_proj", mesh, **place)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+        """Add the MLP of x [M, H] to residual [M, H]; returns what is still to be added (see
+        RowLinear).
+        """
+        return self.down.add_to(residual, ops.silu_mul(self.gate_up(x)))
+
+    def slots(self) -> dict[str, Slot]:
+        return self.gate_up.slots() | self.down.slots()

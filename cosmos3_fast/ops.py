@@ -1,0 +1,192 @@
+"""The only door to fused kernels: one function per operation, whatever the device.
+
+A CUDA tensor goes to the Triton kernel (or `_C`), a CPU tensor to the one torch reference of the
+operation (`kernels/reference.py`), and so does any tensor inside `with ops.reference():`. The
+choice follows from the tensor's device alone; no operation falls back after a failure. Shapes and
+formulas stand in the references' docstrings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+
+from cosmos3_fast.kernels import reference as _reference
+from cosmos3_fast.kernels import reference_conv as _reference_conv
+
+_TRITON = {  # operation -> module of cosmos3_fast.kernels that holds its launcher
+    "rms_norm": "rms_norm",
+    "add_rms_norm": "rms_norm",
+    "qk_norm_rope": "qk_norm_rope",
+    "attention": "attention",
+    "causal_attention": "attention",
+    "silu_mul": "silu_mul",
+    "timestep_add": "timestep_add",
+    "unipc_step": "unipc_step",
+}
+_forced = False
+
+
+@contextlib.contextmanager
+def reference() -> Iterator[None]:
+    """Within this context every operation runs its torch reference, on any device (tests and
+    benchmarks).
+    """
+    global _forced
+    before, _forced = _forced, True
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@cache
+def _kernel(name: str) -> Callable[..., Any]:
+    module = importlib.import_module(f"cosmos3_fast.kernels.{_TRITON[name]}")
+    return getattr(module, name)
+
+
+def _pick(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
+    if _forced or tensor.device.type == "cpu":
+        return getattr(_reference, name)
+    return _kernel(name)
+
+
+def backends(device: torch.device) -> dict[str, str]:
+    """Which implementation each operation runs on `device`: "triton", "_C" or "torch reference"."""
+    fused = "torch reference" if _forced or device.type == "cpu" else "triton"
+    rows = dict.fromkeys(_TRITON, fused)
+    rows["image_to_tensor"] = "_C" if _extension_runs(device) else "torch reference"
+    return rows
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """RMSNorm of x [M, H] with weight [H] -> [M, H]."""
+    return _pick("rms_norm", x)(x, weight, eps, out=out)
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """residual [M, H] += x [M, H] in place; RMSNorm of the sum -> [M, H]."""
+    return _pick("add_rms_norm", x)(x, residual, weight, eps, out=out)
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    *,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+) -> None:
+    """Per-head norm and rotation of qkv [M, (Hq + 2 Hk) D], written into q_out, k_out, v_out [M,
+    heads, D].
+    """
+    run = _pick("qk_norm_rope", qkv)
+    run(qkv, q_weight, k_weight, cos, sin, eps, q_out=q_out, k_out=k_out, v_out=v_out)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    und_k: torch.Tensor,
+    und_v: torch.Tensor,
+    und_len: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """q [B, M, Hq, D] over [k, v [B, N, Hk, D] | the first und_len[b] rows of und_k, und_v] -> [B,
+    M, Hq, D].
+    """
+    return _pick("attention", q)(q, k, v, und_k, und_v, und_len, out=out)
+
+
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Causal attention of q [n, Hq, D] over k, v [n, Hk, D] -> [n, Hq, D]."""
+    return _pick("causal_attention", q)(q, k, v, out=out)
+
+
+def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(first half) * second half of gate_up [M, 2 I] -> [M, I]."""
+    return _pick("silu_mul", gate_up)(gate_up, out=out)
+
+
+def timestep_add(
+    x: torch.Tensor, table: torch.Tensor, step: torch.Tensor, noisy: torch.Tensor
+) -> torch.Tensor:
+    """x [M, H] += table [S, H][step] in place on rows where noisy [M] is set; returns x."""
+    return _pick("timestep_add", x)(x, table, step, noisy)
+
+
+def unipc_step(
+    velocity: torch.Tensor,
+    sample: torch.Tensor,
+    last_sample: torch.Tensor,
+    x0_prev: torch.Tensor,
+    x0_prev2: torch.Tensor,
+    clean: torch.Tensor,
+    noisy: torch.Tensor,
+    coef: torch.Tensor,
+    step: torch.Tensor,
+    model_in: torch.Tensor,
+) -> None:
+    """Guidance, UniPC corrector and predictor, clean parts re-imposed: one pass over the flat state
+    [N], in place.
+    """
+    run = _pick("unipc_step", sample)
+    run(velocity, sample, last_sample, x0_prev, x0_prev2, clean, noisy, coef, step, model_in)
+
+
+conv_input = _reference_conv.conv_input
+conv_edges = _reference_conv.conv_edges
+
+
+def _extension_runs(device: torch.device) -> bool:
+    return not _forced and (device.type == "cpu" or _extension().has_cuda)
+
+
+@cache
+def _extension() -> Any:
+    return importlib.import_module("cosmos3_fast._C")
+
+
+def image_to_tensor(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 frames [T, H, W, 3] -> float32 [3, T, H, W] = x / 127.5 - 1, its memory channels-last."""
+    if not _extension_runs(frames.device):
+        return _reference.image_to_tensor(frames)
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(
+            f"frames must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}"
+        )
+    frames = frames.contiguous()
+    out = torch.empty(frames.shape, dtype=torch.float32, device=frames.device)
+    device, stream = _place(frames)
+    _extension().image_to_tensor(frames.data_ptr(), out.data_ptr(), frames.numel(), device, stream)
+    return out.permute(3, 0, 1, 2)
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Device index (-1: CPU) and raw stream on which `_C` must run."""
+    if tensor.device.type == "cpu":
+        return -1, 0
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream

@@ -1,0 +1,40 @@
+"""Where the time of a request goes: named stages, timed on the device without waiting for it."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class Stages:
+    """Marks between the stages of one request. On CUDA they are events, read once the request is
+    over.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, torch.cuda.Event | float]] = []
+        self.mark("start")
+
+    def mark(self, name: str) -> None:
+        """The stage `name` ends here."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((name, event))
+        else:
+            self._marks.append((name, time.perf_counter()))
+
+    def milliseconds(self) -> dict[str, float]:
+        """Stage -> ms; waits for the last mark."""
+        if self._cuda:
+            self._marks[-1][1].synchronize()  # type: ignore[union-attr]
+        times = {}
+        for (_, begin), (name, end) in zip(self._marks, self._marks[1:], strict=False):
+            if isinstance(begin, float):
+                span = (end - begin) * 1e3  # type: ignore[operator]
+            else:
+                span = begin.elapsed_time(end)
+            times[name] = times.get(name, 0.0) + span
+        return times
