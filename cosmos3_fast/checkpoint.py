@@ -1,13 +1,13 @@
-"""A checkpoint folder as a mapping from names to lazy tensors: safetensors alone, nothing is read until asked.
+"""A checkpoint folder as a mapping from names to lazy tensors, safetensors alone.
 
-The files come from others, so everything they say is checked before use: shard names are plain file names inside the
-folder, the index and the shards must agree both ways, a name lives in one shard only, and a header that safetensors
-refuses (missing, truncated, corrupt) becomes a ValueError that names the file.
+The files come from others, so everything they say is checked before use: shard names are plain file
+names inside the folder, the index and the shards must agree both ways, a name lives in one shard
+only, and a header that safetensors refuses (missing, truncated, corrupt) becomes a ValueError that
+names the file.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from cosmos3_fast.config import read_json
 
 STEM = "diffusion_pytorch_model"
 
@@ -40,7 +42,8 @@ class Slot:
 
     `target`: destination, a view into a parameter of this rank (any device, any strides).
     `shape`: the full shape that the checkpoint must hold.
-    `index`: the part this rank reads, one simple slice (start, stop; no step) a dimension from the first; () is all.
+    `index`: the part this rank reads, one simple slice (start, stop; no step) a dimension from the
+    first; () is all.
     """
 
     target: torch.Tensor
@@ -105,7 +108,7 @@ class LazyTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def read(self, index: tuple[slice, ...] = ()) -> torch.Tensor:
-        """`tensor[index]` on the cpu, backed by the mapped file: only the bytes of `index` are ever read.
+        """`tensor[index]` on the cpu, backed by the mapped file: only its own bytes are ever read.
 
         The result is a view, not to be written to, with the strides of the full tensor.
         """
@@ -114,7 +117,7 @@ class LazyTensor:
 
 
 class Checkpoint(Mapping[str, LazyTensor]):
-    """All tensors of one folder, in the order of the shards. Use as a context manager, or call `close`."""
+    """All tensors of one folder, in the order of the shards: `with`, or `close` at the end."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor], shards: tuple[Shard, ...]) -> None:
         self._tensors = dict(tensors)
@@ -141,11 +144,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
 
 def open_checkpoint(folder: str | Path, stem: str = STEM) -> Checkpoint:
-    """Open `stem`.safetensors.index.json and its shards, or the single `stem`.safetensors, of `folder`.
+    """Open the shards that `stem`.safetensors.index.json lists, or the single `stem`.safetensors.
 
-    Reads headers only. ValueError, naming the file, for: no such folder or file, an index that is not valid or whose
-    shard names leave the folder, a missing, truncated or corrupt shard, a tensor that the index and the shards place
-    differently, a tensor found twice, a dtype that torch does not have.
+    Reads headers only. ValueError, naming the file, for: no such folder or file, an index that is
+    not valid or whose shard names leave the folder, a missing, truncated or corrupt shard, a tensor
+    that the index and the shards place differently, a tensor found twice, a dtype that torch does
+    not have.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -166,18 +170,15 @@ def open_checkpoint(folder: str | Path, stem: str = STEM) -> Checkpoint:
 
 def _read_index(path: Path) -> dict[str, str]:
     """The weight_map of an index file, every shard name checked to be a plain file name."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} has no weight_map from tensor names to shard names")
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard.endswith(".safetensors")
         if not plain or shard != PurePosixPath(shard).name or shard != PureWindowsPath(shard).name:
             raise ValueError(
-                f"{path}: the shard of {name!r} must be a plain .safetensors file name, got {shard!r}"
+                f"{path}: the shard of {name!r} must be a plain .safetensors file name,"
+                f" got {shard!r}"
             )
     return weight_map
 

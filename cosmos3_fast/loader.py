@@ -1,9 +1,9 @@
-"""Strict loading: every slot filled once from a checkpoint, every name and shape agreed before a byte is read.
+"""Strict loading: every slot filled once, every name and shape agreed before a byte is read.
 
-A module says where its tensors go (`slots() -> {checkpoint name: Slot}`); this file knows no layer. Names are strict
-both ways, shapes exact, casts only between floating-point types and reported, values finite. Tensors are read in the
-order of the shards, so that disks read forward; on cuda they pass through two pinned buffers, one filling while the
-other is copied.
+A module says where its tensors go (`slots() -> {checkpoint name: Slot}`); this file knows no layer.
+Names are strict both ways, shapes exact, casts only between floating-point types and reported,
+values finite. Tensors are read in the order of the shards, so that disks read forward; on cuda they
+pass through two pinned buffers, one filling while the other is copied.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from .checkpoint import LazyTensor, Slot
+from cosmos3_fast.checkpoint import LazyTensor, Slot
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What one `load` did: bytes read by this rank, wall seconds, tensors filled, casts by kind, names not loaded."""
+    """What one `load` did.
+
+    Bytes read by this rank, wall seconds, tensors filled, casts by kind, names not loaded.
+    """
 
     bytes: int
     seconds: float
@@ -41,7 +44,8 @@ class LoadReport:
         casts = f", cast {'; '.join(self.casts)}" if self.casts else ""
         skipped = f", {len(self.skipped)} not loaded: {first_five(self.skipped)}"
         return (
-            f"{self.tensors} tensors, {self.bytes / 1e9:.2f} GB in {self.seconds:.1f} s ({rate:.2f} GB/s)"
+            f"{self.tensors} tensors, {self.bytes / 1e9:.2f} GB in {self.seconds:.1f} s"
+            f" ({rate:.2f} GB/s)"
             f"{casts}{skipped if self.skipped else ''}"
         )
 
@@ -56,14 +60,15 @@ def load(
 ) -> LoadReport:
     """Fill every slot from the checkpoint tensor of its name.
 
-    `unused`: known names that are not loaded, each itself and everything under it ("lm_head" covers "lm_head.weight",
-    not "lm_head_2"); one that ends in "_" or "." covers every name that begins so.
-    `strict=False` turns other leftover names into a warning. `progress(done, total)` is called after each tensor,
-    in bytes.
+    `unused`: known names that are not loaded, each itself and everything under it ("lm_head" covers
+    "lm_head.weight", not "lm_head_2"); one that ends in "_" or "." covers every name that begins
+    so.
+    `strict=False` turns other leftover names into a warning. `progress(done, total)` is called
+    after each tensor, in bytes.
 
-    ValueError, before any byte is read, with the first five names: a slot without a tensor, a leftover tensor, a
-    shape that is not exactly the slot's, a dtype that is no declared cast (equal, or float to float); after reading:
-    values that are not finite in the target's dtype.
+    ValueError, before any byte is read, with the first five names: a slot without a tensor, a
+    leftover tensor, a shape that is not exactly the slot's, a dtype that is no declared cast
+    (equal, or float to float); after reading: values that are not finite in the target's dtype.
     """
     start = time.perf_counter()
     skipped = _check_names(slots, tensors, unused, strict)
@@ -71,7 +76,7 @@ def load(
     order = [(name, slots[name]) for name in tensors if name in slots]
     total = sum(slot.target.numel() * tensors[name].dtype.itemsize for name, slot in order)
     finite: dict[str, torch.Tensor] = {}
-    staging: dict[torch.device, Staging] = {}
+    copiers: dict[torch.device, Copy] = {}
     done, previous = 0, None
     for name, slot in order:
         lazy = tensors[name]
@@ -79,10 +84,10 @@ def load(
             previous.close()
         previous = lazy.shard
         device = slot.target.device
-        if device not in staging:
-            staging[device] = Staging(device)
+        if device not in copiers:
+            copiers[device] = _copier(device)
         with torch.no_grad():
-            staging[device].copy(lazy.read(slot.index), slot.target)
+            copiers[device](lazy.read(slot.index), slot.target)
             finite[name] = torch.isfinite(slot.target).all()
         done += slot.target.numel() * lazy.dtype.itemsize
         if progress is not None:
@@ -93,46 +98,47 @@ def load(
     return LoadReport(done, time.perf_counter() - start, len(order), casts, skipped)
 
 
-class Staging:
-    """Copies host tensors to one device; on cuda through two pinned buffers, so reading and sending overlap."""
+Copy = Callable[[torch.Tensor, torch.Tensor], object]
+
+
+def _copier(device: torch.device) -> Copy:
+    """The function (source on the host, target on `device`) that copies and casts."""
+    return PinnedStaging(device).copy if device.type == "cuda" else _copy
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    target.copy_(source)
+
+
+class PinnedStaging:
+    """Copies host tensors to one GPU: one pinned buffer is filled while the other is sent."""
 
     def __init__(self, device: torch.device, nbytes: int = STAGING_BYTES) -> None:
-        self.device, self.pinned = device, device.type == "cuda"
-        self._buffers = (
-            [torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pinned) for _ in range(2)]
-            if self.pinned
-            else []
-        )
-        self._sent: list[torch.cuda.Event | None] = [None, None]
+        self.device, self.nbytes = device, nbytes
+        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._sent = [torch.cuda.Event(), torch.cuda.Event()]
         self._turn = 0
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """`target` = `source` cast to its dtype, on the device. Returns when `source` has been read."""
-        if not self.pinned:
-            target.copy_(source)
-            return
-        for part, into in row_pieces(source, target, self._buffers[0].nbytes):
+        """`target` = `source` cast to its dtype; returns when `source` has been read."""
+        for part, into in row_pieces(source, target, self.nbytes):
             self._send(part, into)
 
     def _send(self, source: torch.Tensor, target: torch.Tensor) -> None:
         turn, self._turn = self._turn, 1 - self._turn
-        sent = self._sent[turn]
-        if sent is not None:
-            sent.synchronize()
+        self._sent[turn].synchronize()
         stage = self._buffers[turn][: source.numel() * source.element_size()]
         stage = stage.view(source.dtype).view(source.shape)
         stage.copy_(source)
-        # the cast runs on the device: a copy_ that crosses devices and dtypes at once casts on the host first
+        # cast on the device: a copy_ across devices and dtypes at once casts on the host first
         target.copy_(stage.to(self.device, non_blocking=True))
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        self._sent[turn] = event
+        self._sent[turn].record(torch.cuda.current_stream(self.device))
 
 
 def row_pieces(
     source: torch.Tensor, target: torch.Tensor, nbytes: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Cut both tensors alike into pieces of whole rows of at most `nbytes` of the source; a longer row is cut too."""
+    """Cut both alike into pieces of at most `nbytes` of the source: whole rows while they fit."""
     size = source.numel() * source.element_size()
     if size <= nbytes or source.dim() == 0:
         yield source, target
@@ -146,7 +152,7 @@ def row_pieces(
 
 
 def unfilled(parameters: Mapping[str, torch.Tensor], slots: Mapping[str, Slot]) -> list[str]:
-    """Names of parameters whose elements the slots' targets do not cover exactly once, by count and by storage.
+    """Names of parameters that the slots' targets do not fill exactly once, counted by storage.
 
     For a module: `unfilled(dict(module.named_parameters()), module.slots())` must be empty.
     """
@@ -194,7 +200,7 @@ def _check_names(
     unused: tuple[str, ...],
     strict: bool,
 ) -> tuple[str, ...]:
-    """Names that are in the checkpoint and not loaded; ValueError for gaps, and when strict for leftovers."""
+    """Names not loaded; ValueError for gaps, and when strict for leftovers."""
     missing = [name for name in slots if name not in tensors]
     if missing:
         raise ValueError(f"the checkpoint lacks tensors: {first_five(missing)}")

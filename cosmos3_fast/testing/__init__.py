@@ -1,14 +1,14 @@
-"""For tests, demos and benchmarks: tiny checkpoints, random weights of any size, the real model's shapes."""
+"""For tests, demos and benchmarks: tiny checkpoints, random weights, the real model's shapes."""
 
-from .fill import fill_random, random_tensor, write_sharded
-from .shapes import (
+from cosmos3_fast.testing.fill import fill_random, random_tensor, write_sharded
+from cosmos3_fast.testing.shapes import (
     NANO_SCHEDULER,
     NANO_TRANSFORMER,
     NANO_VAE,
     transformer_shapes,
     vae_shapes,
 )
-from .tiny import make_tiny_checkpoint
+from cosmos3_fast.testing.tiny import make_tiny_checkpoint
 
 __all__ = [
     "NANO_SCHEDULER",

@@ -1,8 +1,9 @@
-"""Random weights of any size from a seed: straight into slots on their device, or into a sharded checkpoint.
+"""Random weights of any size from a seed: straight into slots, or into a sharded checkpoint.
 
-Each tensor's values depend on (key, seed, full shape, device type) alone, never on the order or on the part a rank reads,
-so that every rank of every mesh holds a slice of the same model. Scales keep activations of order one: matrices and
-convolutions 1/sqrt(fan in), norms around 1, biases small, embeddings 1.
+Each tensor's values depend on (key, seed, full shape, device type) alone, never on the order or on
+the part a rank reads, so that every rank of every mesh holds a slice of the same model. Scales keep
+activations of order one: matrices and convolutions 1/sqrt(fan in), norms around 1, biases small,
+embeddings 1.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..checkpoint import STEM, Slot
+from cosmos3_fast.checkpoint import STEM, Slot
 
 
 def random_tensor(
     key: str, shape: tuple[int, ...], seed: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """The full float32 tensor of this key; equal on every machine for cpu, on GPUs of one kind for cuda."""
+    """The full float32 tensor of this key; equal on every cpu, and on all GPUs of one kind."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
     mean, std = _moments(key, shape)
@@ -39,14 +40,14 @@ def _moments(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
     if parts[0] == "embed_tokens":
         return 0.0, 1.0
     if parts[0].startswith("action_proj_"):
-        # [domains, in * out], viewed per domain: the geometric mean of the two sizes stands for the fan in
+        # [domains, in * out]: the geometric mean of the two sizes stands for the fan in
         return 0.0, shape[1] ** -0.25
     return 0.0, 1.0 / math.sqrt(math.prod(shape[1:]))
 
 
 @torch.no_grad()
 def fill_random(slots: Mapping[str, Slot], seed: int = 0) -> None:
-    """Fill every slot with its part of the seeded tensor of its key, generated on the slot's device."""
+    """Fill every slot with its part of the seeded tensor of its key, made on the slot's device."""
     for key, slot in slots.items():
         full = random_tensor(key, slot.shape, seed, slot.target.device)
         slot.target.copy_(full[slot.index or ...])
@@ -62,10 +63,10 @@ def write_sharded(
     device: torch.device | str = "cpu",
     stem: str = STEM,
 ) -> list[Path]:
-    """Write seeded tensors of these names and shapes as a checkpoint; returns its files, shards first.
+    """Write seeded tensors of these names and shapes as a checkpoint; its files, shards first.
 
-    One `stem`.safetensors if all fits in `shard_bytes`, else numbered shards and an index, as diffusers writes them.
-    Tensors are generated on `device`, one shard in host memory at a time.
+    One `stem`.safetensors if all fits in `shard_bytes`, else numbered shards and an index, as
+    diffusers writes them. Tensors are generated on `device`, one shard in host memory at a time.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""What the real model looks like: its configs as JSON dicts, and every tensor of a checkpoint as name -> shape.
+"""What the real model looks like: configs as JSON dicts, and every tensor's name and shape.
 
-The names and shapes follow from the configs alone (diffusers layout, MODEL.md 1, 3 and 7), so a checkpoint of any size
-can be written without the model's code.
+The names and shapes follow from the configs alone (diffusers layout, MODEL.md 1, 3 and 7), so a
+checkpoint of any size can be written without the model's code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A complete tiny checkpoint: every file a real one has, a few hundred thousand parameters, written in a second."""
+"""A complete tiny checkpoint: every file a real one has, 14 MB, written in a second."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .fill import write_sharded
-from .shapes import (
+from cosmos3_fast.testing.fill import write_sharded
+from cosmos3_fast.testing.shapes import (
     MODEL_INDEX,
     NANO_SCHEDULER,
     NANO_TRANSFORMER,
@@ -17,7 +17,7 @@ from .shapes import (
     transformer_shapes,
     vae_shapes,
 )
-from .tokenizer import make_tokenizer
+from cosmos3_fast.testing.tokenizer import make_tokenizer
 
 
 def make_tiny_checkpoint(
@@ -34,8 +34,9 @@ def make_tiny_checkpoint(
 ) -> Path:
     """Write a checkpoint in the diffusers layout into `folder` and return it.
 
-    `heads` x 16 channels, `kv_heads` (fewer is grouped-query attention), `vae_dims`: widths of encoder and decoder.
-    diffusers' `Cosmos3OmniPipeline.from_pretrained` loads it too. Equal arguments give equal files.
+    `heads` x 16 channels, `kv_heads` (fewer is grouped-query attention), `vae_dims`: widths of
+    encoder and decoder. diffusers' `Cosmos3OmniPipeline.from_pretrained` loads it too. Equal
+    arguments give equal files.
     """
     if heads % kv_heads:
         raise ValueError(f"heads {heads} must be a multiple of kv_heads {kv_heads}")
