@@ -44,8 +44,8 @@ class LoadReport:
         casts = f", cast {'; '.join(self.casts)}" if self.casts else ""
         skipped = f", {len(self.skipped)} not loaded: {first_five(self.skipped)}"
         return (
-            f"{self.tensors} tensors, {self.bytes / 1e9:.2f} GB in {self.seconds:.1f} s"
-            f" ({rate:.2f} GB/s)"
+            f"{self.tensors} tensors, {self.bytes / 1e9:.3g} GB in {self.seconds:.2f} s"
+            f" ({rate:.3g} GB/s)"
             f"{casts}{skipped if self.skipped else ''}"
         )
 
