@@ -37,7 +37,9 @@ def outcomes() -> dict[str, str | None]:
         command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", __file__]
         command += ["-p", "no:cacheprovider", "-p", "no:benchmark", f"--junitxml={report}"]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        )
         assert report.exists(), done.stdout + done.stderr
         cases = ElementTree.parse(report).iter("testcase")
         return {case.attrib["name"]: "".join(case.itertext()).strip() or None for case in cases}
@@ -69,13 +71,15 @@ def random(*shape: int, dtype=F32, seed=0) -> torch.Tensor:
 class Guarded:
     """Tensors with NaN inside and bands of a known value around, and between rows if strided."""
 
-    def __init__(self) -> None:
+    def __init__(self, device="cpu") -> None:
+        self.device = device
         self.flats: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __call__(self, *shape: int, dtype=F32, like: torch.Tensor | None = None, gap=0):
         """A tensor of that shape, a gap of elements between its rows; a copy of like, if given."""
         row = int(torch.Size(shape[1:]).numel())
-        flat = torch.full((2 * GUARD + shape[0] * (row + gap),), BAND, dtype=dtype)
+        size = 2 * GUARD + shape[0] * (row + gap)
+        flat = torch.full((size,), BAND, dtype=dtype, device=self.device)
         strides = (row + gap, *torch.empty(1, *shape[1:]).stride()[1:])
         view = flat.as_strided(shape, strides, GUARD)
         view.copy_(like) if like is not None else view.fill_(torch.nan)

@@ -1,0 +1,258 @@
+"""Checks and times every Triton kernel on the GPU: `python tests/gpu_kernels.py [--check]`.
+
+Correctness first (gpu_kernels_checks.py). Then a captured graph of calls whose inputs rotate past
+L2, for a few settings a kernel, beside the torch reference. A short table comes last, with the rows
+of ATTENTION_CHOICE; exit status 1 on a failed check, before any time is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from gpu_kernels_checks import (
+    DIM,
+    HIDDEN,
+    INNER,
+    KEYS,
+    QUERIES,
+    ROWS,
+    STATE,
+    STEPS,
+    attention_inputs,
+    qkv_inputs,
+    qkv_outputs,
+    random,
+    run_checks,
+    state_inputs,
+)
+
+from cosmos3_fast.kernels import attention as att
+from cosmos3_fast.kernels import (
+    qk_norm_rope,
+    reference,
+    rms_norm,
+    silu_mul,
+    timestep_add,
+    unipc_step,
+)
+
+UND = 160  # prompt tokens
+L2_BYTES = 128 << 20  # inputs rotate over more than this
+
+Tile = att.Tile
+ATTENTION_TILES = (
+    Tile(64, 64, 4, 3),
+    Tile(64, 64, 4, 2),
+    Tile(64, 32, 4, 4),
+    Tile(64, 128, 4, 2),
+    Tile(128, 64, 8, 3),
+    Tile(128, 64, 8, 2),
+    Tile(128, 128, 8, 2),
+)
+
+
+def time_us(make: Callable[[], Callable[[], object]], nbytes: int, replays: int = 15) -> float:
+    """Median microseconds of a call; make() gives a call on inputs of its own, nbytes in size."""
+    calls = [make() for _ in range(min(max(2, -(-L2_BYTES // nbytes)), 40))]
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph, times = torch.cuda.CUDAGraph(), []
+    repeats = -(-20 // len(calls))
+    with torch.cuda.graph(graph):
+        for call in calls * repeats:
+            call()
+    for _ in range(replays + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / (len(calls) * repeats))
+    return statistics.median(times[3:])
+
+
+@dataclass(frozen=True)
+class Op:
+    """A memory-bound kernel: inputs, the call with a setting (None: as set), the reference."""
+
+    make: Callable[[], tuple]
+    ours: Callable
+    torch: Callable
+    settings: tuple
+    nbytes: int
+
+
+def memory_bound(rows: int) -> dict[str, Op]:
+    def hidden():
+        return random(rows, HIDDEN), random(rows, HIDDEN), random(HIDDEN)
+
+    def steps():
+        noisy = torch.ones(rows, device="cuda", dtype=torch.uint8)
+        step = torch.ones(1, device="cuda", dtype=torch.int32)
+        return random(rows, HIDDEN), random(STEPS, HIDDEN), step, noisy
+
+    def qkv():
+        return qkv_inputs(rows), qkv_outputs(rows)
+
+    row, norm, add = 2 * rows * HIDDEN, rms_norm.rms_norm, rms_norm.add_rms_norm
+    warps, rope, step = (2, 4, 8, 16), qk_norm_rope.qk_norm_rope, unipc_step.unipc_step
+    rope_tiles = ((8, 2), (8, 4), (16, 2), (16, 4), (16, 8), (64, 4), (64, 8))
+    silu_tiles = ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8))
+    return {
+        "rms_norm": Op(
+            hidden,
+            lambda s, x, out, w: norm(x, w, 1e-6, out=out, warps=s),
+            lambda x, out, w: reference.rms_norm(x, w, 1e-6, out=out),
+            warps,
+            2 * row,
+        ),
+        "add_rms_norm": Op(
+            hidden,
+            lambda s, x, r, w: add(x, r, w, 1e-6, out=x, warps=s),
+            lambda x, r, w: reference.add_rms_norm(x, r, w, 1e-6, out=x),
+            warps,
+            4 * row,
+        ),
+        "qk_norm_rope": Op(
+            qkv,
+            lambda s, x, y: rope(*x, 1e-6, **y, tile=s),
+            lambda x, y: reference.qk_norm_rope(*x, 1e-6, **y),
+            rope_tiles,
+            4 * rows * (QUERIES + 2 * KEYS) * DIM + 4 * rows * DIM,
+        ),
+        "silu_mul": Op(
+            lambda: (random(rows, 2 * INNER), random(rows, INNER)),
+            lambda s, x, out: silu_mul.silu_mul(x, out=out, tile=s),
+            lambda x, out: reference.silu_mul(x, out=out),
+            silu_tiles,
+            6 * rows * INNER,
+        ),
+        "timestep_add": Op(
+            steps,
+            lambda s, *x: timestep_add.timestep_add(*x, warps=s),
+            reference.timestep_add,
+            warps,
+            2 * row,
+        ),
+        "unipc_step": Op(
+            lambda: state_inputs(2),
+            lambda s, *x: step(*x, tile=s),
+            reference.unipc_step,
+            ((512, 4), (1024, 4), (1024, 8), (2048, 4), (2048, 8)),
+            STATE * (2 * 2 + 5 * 4 + 1 + 4 * 4 + 2),
+        ),
+    }
+
+
+def time_memory_bound(rows: int, label: str) -> list[str]:
+    short = []
+    for name, op in memory_bound(rows).items():
+        if name == "unipc_step" and label != "D":
+            continue
+        eager = time_us(lambda op=op: functools.partial(op.torch, *op.make()), op.nbytes)
+        times = {
+            s: time_us(lambda op=op, s=s: functools.partial(op.ours, s, *op.make()), op.nbytes)
+            for s in (None, *op.settings)
+        }
+        print(f"{name} {label} torch {eager:.1f} | ", end="")
+        print(*(f"{s or 'set'}: {t:.1f}" for s, t in times.items()), sep=" | ", flush=True)
+        best, set_us = min(times, key=times.get), times[None]
+        short.append(
+            f"{name:14s} {label:3s} {set_us:8.1f} us {op.nbytes / set_us / 1e3:6.0f} GB/s "
+            f"x{eager / set_us:5.2f} of torch; best {best or 'as set'} {times[best]:.1f}"
+        )
+    return short
+
+
+def measure(tokens, keys, *, batch=1, heads=(QUERIES, KEYS), tiles=ATTENTION_TILES) -> str:
+    """Time Triton and cuDNN + continue; print every setting and the row of ATTENTION_CHOICE."""
+    flop = 4 * batch * tokens * (keys + UND) * DIM * heads[0]
+    nbytes = 2 * batch * DIM * (2 * tokens * heads[0] + 2 * (keys + UND) * heads[1])
+
+    def timed(path, **how) -> float:
+        def make():
+            inputs = attention_inputs(batch, tokens, keys, [UND] * batch, heads)
+            return functools.partial(path, *inputs, out=torch.empty_like(inputs[0]), **how)
+
+        return time_us(make, nbytes)
+
+    def host(q, k, v, und_k, und_v, und_len, out):
+        queries, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        op = torch.ops.aten._scaled_dot_product_cudnn_attention
+        return op(queries, k, v, None, False, scale=DIM**-0.5)
+
+    triton = {tile: timed(att.attention_triton, tile=tile) for tile in tiles}
+    cudnn = {tile: timed(att.attention_cudnn, tile=tile) for tile in tiles}
+    gen_only = timed(host)
+    where = f"M={tokens} N={keys} B={batch} heads {heads[0]}/{heads[1]}"
+    for name, times in (("triton", triton), ("cudnn+continue", cudnn)):
+        print(
+            f"attention {where} {name}",
+            *(f"{tuple(s)}: {t:.1f}" for s, t in times.items()),
+            sep=" | ",
+        )
+    best = {
+        name: min(times, key=times.get) for name, times in (("triton", triton), ("cudnn", cudnn))
+    }
+    us = {"triton": triton[best["triton"]], "cudnn": cudnn[best["cudnn"]]}
+    choice = min(us, key=us.get)
+    print(f'    ({tokens}, {keys}): "{choice}",  # {where}: {us}', flush=True)
+    return (
+        f"attention {where}: triton {us['triton']:.1f} us {flop / us['triton'] / 1e6:.0f} TFLOP/s "
+        f"{tuple(best['triton'])}; cudnn {us['cudnn']:.1f} us {flop / us['cudnn'] / 1e6:.0f} "
+        f"{tuple(best['cudnn'])} (GEN alone {gen_only:.1f}) -> {choice}"
+    )
+
+
+def time_causal(tokens: int) -> str:
+    flop = 2 * tokens * tokens * DIM * QUERIES
+    nbytes = 4 * tokens * DIM * (QUERIES + KEYS)
+
+    def make(call):
+        q, k, v = random(tokens, QUERIES, DIM), random(tokens, KEYS, DIM), random(tokens, KEYS, DIM)
+        return functools.partial(call, q, k, v, out=torch.empty_like(q))
+
+    eager = time_us(lambda: make(reference.causal_attention), nbytes)
+    calls = {t: functools.partial(att.causal_attention, tile=t) for t in ATTENTION_TILES}
+    times = {t: time_us(lambda c=c: make(c), nbytes) for t, c in calls.items()}
+    print(f"causal {tokens}", *(f"{tuple(s)}: {t:.1f}" for s, t in times.items()), sep=" | ")
+    best = min(times, key=times.get)
+    us = times[best]
+    return (
+        f"causal n={tokens}: {us:.1f} us {flop / us / 1e6:.0f} TFLOP/s {tuple(best)}, "
+        f"x{eager / us:.2f} of torch"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="correctness only")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    failures = run_checks()
+    if failures or options.check:
+        return int(failures > 0)
+    short = []
+    for tokens in (ROWS["S"], 1547, ROWS["E"], ROWS["D"]):
+        short.append(measure(tokens, tokens))
+    few = ATTENTION_TILES[:1] + ATTENTION_TILES[4:6]
+    short.append(measure(ROWS["D"], ROWS["D"], batch=2, tiles=few))
+    short.append(measure(ROWS["D"], ROWS["D"], heads=(16, 4), tiles=few))
+    short.append(measure(ROWS["D"], ROWS["D"], heads=(8, 2), tiles=few))
+    short += [time_causal(tokens) for tokens in (160, 1024, 4096)]
+    for label, rows in ROWS.items():
+        short += time_memory_bound(rows, label)
+    print("---", *short, sep="\n", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

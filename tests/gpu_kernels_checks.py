@@ -1,0 +1,224 @@
+"""Correctness of every Triton kernel on the GPU at the sizes of D, E and S; gpu_kernels.py runs it.
+
+Error at most twice eager torch's against float64, NaN and inf past the UND length, guard bands, two
+runs bit-equal, lengths changed between replays of one graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from test_kernels_interpreter import Guarded, assert_close, double
+
+from cosmos3_fast.kernels import attention as att
+from cosmos3_fast.kernels import (
+    qk_norm_rope,
+    reference,
+    rms_norm,
+    silu_mul,
+    timestep_add,
+    unipc_step,
+)
+
+BF16, F32 = torch.bfloat16, torch.float32
+ROWS = {"S": 406, "E": 1966, "D": 3093, "2D": 6186}
+HIDDEN, INNER, DIM, QUERIES, KEYS, STEPS = 4096, 12288, 128, 32, 8, 4
+STATE = 9 * 33 * 40 * 48 + 33 * 64  # values of D's latents and actions
+CAPACITY = 256
+
+
+def random(*shape: int, dtype=BF16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=F32).to(dtype)
+
+
+def qkv_inputs(rows: int, dtype=BF16) -> tuple[torch.Tensor, ...]:
+    angle = 3 * random(rows, DIM // 2, dtype=F32)
+    qkv = random(rows, (QUERIES + 2 * KEYS) * DIM, dtype=dtype)
+    weights = random(DIM, dtype=dtype), random(DIM, dtype=dtype)
+    return (qkv, *weights, angle.cos(), angle.sin())
+
+
+def qkv_outputs(rows: int, dtype=BF16) -> dict[str, torch.Tensor]:
+    heads = {"q_out": QUERIES, "k_out": KEYS, "v_out": KEYS}
+    return {x: torch.empty(rows, n, DIM, device="cuda", dtype=dtype) for x, n in heads.items()}
+
+
+def state_inputs(branches: int, dtype=BF16) -> list[torch.Tensor]:
+    """Arguments of unipc_step."""
+    state = [random(STATE, dtype=F32) for _ in range(5)]
+    noisy = (torch.arange(STATE, device="cuda") % 9 != 0).to(torch.uint8)
+    coef = random(STEPS, len(unipc_step.COLUMNS), dtype=F32) / 4
+    step = torch.full((1,), 2, device="cuda", dtype=torch.int32)
+    velocity = random(branches, STATE, dtype=dtype)
+    return [velocity, *state, noisy, coef, step, torch.empty_like(velocity[0])]
+
+
+def attention_inputs(batch, tokens, keys, lengths, heads=(QUERIES, KEYS), dtype=BF16):
+    """Arguments of attention, NaN and inf past the UND lengths."""
+    q = random(batch, tokens, heads[0], DIM, dtype=dtype)
+    k, v = random(2, batch, keys, heads[1], DIM, dtype=dtype).unbind()
+    und_k, und_v = random(2, batch, CAPACITY, heads[1], DIM, dtype=dtype).unbind()
+    for b, length in enumerate(lengths):
+        und_k[b, length:], und_v[b, length:] = torch.nan, torch.inf
+    return q, k, v, und_k, und_v, torch.tensor(lengths, device="cuda", dtype=torch.int32)
+
+
+def host_attention(q, k, v, und_k, und_v, lengths) -> torch.Tensor:
+    """torch's attention, lengths known to the host: eager's error and, in float64, the truth."""
+    results = []
+    for b, length in enumerate(lengths):
+        keys = torch.cat((k[b], und_k[b, :length])).transpose(0, 1)
+        values = torch.cat((v[b], und_v[b, :length])).transpose(0, 1)
+        one = q[b].transpose(0, 1)[None]
+        result = F.scaled_dot_product_attention(one, keys[None], values[None], enable_gqa=True)
+        results.append(result.transpose(1, 2))
+    return torch.cat(results)
+
+
+def check_rms_norm(rows: int, dtype: torch.dtype) -> None:
+    x, start = random(rows, HIDDEN, dtype=dtype), random(rows, HIDDEN, dtype=dtype)
+    weight = random(HIDDEN, dtype=dtype)
+    guarded = Guarded("cuda")
+    out = guarded(rows, HIDDEN, dtype=dtype)
+    rms_norm.rms_norm(x, weight, 1e-6, out=out)
+    truth = reference.rms_norm(*double(x, weight), 1e-6)
+    assert_close(out, reference.rms_norm(x, weight, 1e-6), truth)
+    residual = guarded(rows, HIDDEN, dtype=dtype, like=start)
+    rms_norm.add_rms_norm(x, residual, weight, 1e-6, out=out)
+    rounded, exact = start.clone(), start.double()
+    truth = reference.add_rms_norm(x.double(), exact, weight.double(), 1e-6)
+    assert_close(out, reference.add_rms_norm(x, rounded, weight, 1e-6), truth)
+    assert torch.equal(residual, rounded)
+    guarded.check()
+
+
+def check_qk_norm_rope(rows: int, dtype: torch.dtype) -> None:
+    inputs = qkv_inputs(rows, dtype)
+    guarded = Guarded("cuda")
+    eager, truth = qkv_outputs(rows, dtype), qkv_outputs(rows, torch.float64)
+    got = {x: guarded(*t.shape, dtype=dtype, gap=256) for x, t in eager.items()}
+    qk_norm_rope.qk_norm_rope(*inputs, 1e-6, **got)
+    reference.qk_norm_rope(*inputs, 1e-6, **eager)
+    reference.qk_norm_rope(*double(*inputs), 1e-6, **truth)
+    for name, result in got.items():
+        assert_close(result, eager[name], truth[name])
+    guarded.check()
+
+
+def check_silu_mul(rows: int, dtype: torch.dtype) -> None:
+    gate_up = 4 * random(rows, 2 * INNER, dtype=dtype)
+    guarded = Guarded("cuda")
+    out = silu_mul.silu_mul(gate_up, out=guarded(rows, INNER, dtype=dtype))
+    assert_close(out, reference.silu_mul(gate_up), reference.silu_mul(gate_up.double()))
+    guarded.check()
+
+
+def check_timestep_add(rows: int, dtype: torch.dtype) -> None:
+    start, table = random(rows, HIDDEN, dtype=dtype), random(STEPS, HIDDEN, dtype=dtype)
+    noisy = (torch.arange(rows, device="cuda") % 9 != 0).to(torch.uint8)
+    start[noisy == 0] = torch.nan
+    step = torch.full((1,), 3, device="cuda", dtype=torch.int32)
+    guarded = Guarded("cuda")
+    x = timestep_add.timestep_add(
+        guarded(*start.shape, dtype=dtype, like=start), table, step, noisy
+    )
+    assert torch.equal(x[noisy == 1], reference.timestep_add(start, table, step, noisy)[noisy == 1])
+    assert x[noisy == 0].isnan().all()
+    guarded.check()
+
+
+def check_unipc_step(branches: int, dtype: torch.dtype) -> None:
+    inputs = state_inputs(branches, dtype)
+    guarded = Guarded("cuda")
+    ours = [inputs[0], *(guarded(STATE, like=x) for x in inputs[1:5]), *inputs[5:9]]
+    ours.append(guarded(STATE, dtype=dtype))
+    exact = [x.double() if x.is_floating_point() else x for x in inputs]
+    unipc_step.unipc_step(*ours)
+    reference.unipc_step(*inputs)
+    reference.unipc_step(*exact)
+    for got, eager, truth in zip(ours[1:5], inputs[1:5], exact[1:5], strict=True):
+        assert_close(got, eager, truth)
+    assert torch.equal(ours[9], ours[1].to(dtype))
+    guarded.check()
+
+
+def check_attention(batch: int, tokens: int, lengths: list[int], dtype: torch.dtype) -> None:
+    inputs = attention_inputs(batch, tokens, tokens, lengths, dtype=dtype)
+    truth = host_attention(*double(*inputs[:5]), lengths)
+    eager = host_attention(*inputs[:5], lengths)
+    paths = [att.attention_triton] + [att.attention_cudnn] * (dtype == BF16)
+    for path in paths:
+        guarded = Guarded("cuda")
+        out = guarded(*inputs[0].shape, dtype=dtype, gap=DIM)
+        path(*inputs, out=out)
+        try:
+            assert_close(out, eager, truth)
+        except AssertionError as error:
+            raise AssertionError(f"{path.__name__}: {error}") from error
+        assert torch.equal(path(*inputs), out), f"{path.__name__}: two runs differ"
+        guarded.check()
+
+
+def check_replays(path: Callable) -> None:
+    """One graph, UND lengths changed between replays: bit-equal to eager calls."""
+    inputs = attention_inputs(2, 406, 406, [CAPACITY, CAPACITY])
+    out = path(*inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        path(*inputs, out=out)
+    for lengths in ([160, 1], [0, CAPACITY], [160, 1]):
+        inputs[5].copy_(torch.tensor(lengths))
+        graph.replay()
+        assert torch.equal(out, path(*inputs)), f"{path.__name__}: replay differs at {lengths}"
+
+
+def check_causal(tokens: int, dtype: torch.dtype) -> None:
+    q = random(tokens, QUERIES, DIM, dtype=dtype)
+    k, v = random(2, tokens, KEYS, DIM, dtype=dtype).unbind()
+    guarded = Guarded("cuda")
+    out = att.causal_attention(q, k, v, out=guarded(*q.shape, dtype=dtype))
+    truth = reference.causal_attention(*double(q, k, v))
+    assert_close(out, reference.causal_attention(q, k, v), truth)
+    guarded.check()
+
+
+def checks() -> Iterator[tuple[str, Callable[[], None]]]:
+    for dtype in (BF16, F32):
+        kind = str(dtype).removeprefix("torch.")
+        for size, rows in ROWS.items():
+            for check in (check_rms_norm, check_qk_norm_rope, check_silu_mul, check_timestep_add):
+                yield f"{check.__name__} {size} {kind}", functools.partial(check, rows, dtype)
+        for branches in (1, 2):
+            yield f"unipc x{branches} {kind}", functools.partial(check_unipc_step, branches, dtype)
+        for size, lengths in (
+            ("S", [0]),
+            ("S", [160]),
+            ("E", [160]),
+            ("D", [160]),
+            ("D", [256, 63]),
+        ):
+            check = functools.partial(check_attention, len(lengths), ROWS[size], lengths, dtype)
+            yield f"attention {size} und {lengths} {kind}", check
+        for tokens in (1, 160, 1000, 4096):
+            yield f"causal {tokens} {kind}", functools.partial(check_causal, tokens, dtype)
+    for path in (att.attention_triton, att.attention_cudnn):
+        yield f"replays {path.__name__}", functools.partial(check_replays, path)
+
+
+def run_checks() -> int:
+    failures = total = 0
+    for name, check in checks():
+        total += 1
+        try:
+            check()
+        except Exception:  # every other check still runs; the exit status says that one failed
+            failures += 1
+            print(f"FAILED {name}\n{traceback.format_exc(limit=-3)}", flush=True)
+        torch.cuda.synchronize()
+    print(f"checks: {total - failures} passed, {failures} failed", flush=True)
+    return failures
