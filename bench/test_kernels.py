@@ -27,7 +27,7 @@ ROTATED_BYTES, CALLS = (128 << 20, 100) if GPU else (0, 2)
 
 @dataclass(frozen=True)
 class Op:
-    """Inputs of a call; which of them, or the result (-1), is compared; bytes and FLOP of a call."""
+    """Inputs of a call; which of them, or the result (-1), is compared; bytes, FLOP of a call."""
 
     make: Callable[[int], tuple]
     compared: int
