@@ -102,7 +102,7 @@ def agree(
 def _word(error: BaseException | str) -> str:
     if isinstance(error, str):
         return error or "unknown error"
-    return f"{type(error).__name__}: {error}"
+    return f"{error}" if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
 def _differences(held: list[dict[str, str]]) -> str:

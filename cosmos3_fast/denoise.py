@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 
 from cosmos3_fast import sampler
@@ -95,7 +97,7 @@ def load(runner: StepRunner, plan: Plan, request: Cosmos3ActionRequest) -> None:
         runner.set_positions(
             branch,
             key,
-            lambda n=len(ids): media_positions(plan.layout, n, request.fps, config, device),
+            partial(media_positions, plan.layout, len(ids), request.fps, config, device),
         )
     table = sampler.coefficients(plan.schedule.sigmas, request.guidance_scale, guided=plan.guided)
     runner.set_schedule(plan.schedule.timesteps, torch.from_numpy(table))
@@ -114,3 +116,19 @@ def denoise(
         if on_step is not None:
             on_step(index)
     return runner.sample
+
+
+def noise(layout: Layout, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Video and action noise: two fresh generators with one seed."""
+    shape = (1, layout.channels, layout.frames, layout.height, layout.width)
+    return sampler.noise(seed, shape), sampler.noise(seed, (1, layout.rows, layout.action_dim))
+
+
+def require_finite(result: dict[str, torch.Tensor]) -> None:
+    """FloatingPointError naming what holds a NaN or an infinity. The one wait for the device in a
+    request.
+    """
+    flags = torch.stack([torch.isfinite(tensor).all() for tensor in result.values()]).tolist()
+    bad = [name for name, finite in zip(result, flags, strict=True) if not finite]
+    if bad:
+        raise FloatingPointError(f"not finite, so nothing is returned: {', '.join(bad)}")

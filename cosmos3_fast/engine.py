@@ -7,18 +7,18 @@ the weights and answers requests one at a time. `docs/architecture.md` tells the
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar, cast
+from typing import NoReturn, TypeVar, cast
 
 import numpy as np
 import torch
 
-from cosmos3_fast import agreement, denoise, latents, ops, sampler
-from cosmos3_fast.checkpoint import open_checkpoint
+from cosmos3_fast import agreement, denoise, latents, ops
+from cosmos3_fast.cache import BoundedCache
+from cosmos3_fast.checkpoint import Slot, open_checkpoint
 from cosmos3_fast.config import (
     CheckpointConfig,
     Cosmos3PolicyWNArgs,
@@ -53,20 +53,30 @@ class Engine:
     refuse further requests (RuntimeError).
     """
 
-    def __init__(self, args: EngineArgs, *, progress: bool = False) -> None:
+    def __init__(
+        self,
+        args: EngineArgs,
+        *,
+        progress: bool = False,
+        weights: Callable[[Mapping[str, Slot]], None] | None = None,
+    ) -> None:
         """Build and load. ValueError names the file, key or number that does not fit, on every rank
         alike.
+
+        `weights` fills the slots of each network instead of the checkpoint's tensors, whose files are
+        then not read (`testing.fill_random`: a model of real size without its weights).
         """
-        self.args = args
+        self.args, self._weights = args, weights
         self.mesh = Mesh.create(args.config.parallel, _device(args.config.device))
         self.device = self.mesh.device
         self.times: dict[str, float] = {}
         self.load_reports: dict[str, LoadReport] = {}
         self.vae: WanVAE | None = None
         self._failed, self._requests = "", 0
-        self._runners: OrderedDict[Hashable, StepRunner] = OrderedDict()
-        self._encoders: OrderedDict[Hashable, Encoder] = OrderedDict()
-        self._prompts: OrderedDict[tuple[int, ...], Und] = OrderedDict()
+        runtime = args.config.runtime
+        self._runners = BoundedCache[StepRunner](runtime.max_graphs, StepRunner.close)
+        self._encoders = BoundedCache[Encoder](MAX_ENCODERS, lambda pair: pair[1].reset())
+        self._prompts = BoundedCache[Und](runtime.max_prompts)
         self._host = ThreadPoolExecutor(1, thread_name_prefix="cosmos3-noise")
         self._watchdog: Watchdog | None = None
         try:
@@ -168,13 +178,8 @@ class Engine:
         if self._watchdog is not None:
             self._watchdog.close()
         self._host.shutdown()
-        for runner in self._runners.values():
-            runner.close()
-        for _, encoder in self._encoders.values():
-            encoder.reset()
-        self._runners.clear()
-        self._encoders.clear()
-        self._prompts.clear()
+        for cache in (self._runners, self._encoders, self._prompts):
+            cache.clear()
         self.vae = None
         self.mesh.close()
         self._failed = "closed"
@@ -195,8 +200,6 @@ class Engine:
         """Largest device memory in use so far, in bytes; 0 on the CPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
-    # -- building ---------------------------------------------------------------------------------------------
-
     def _together(self, work: Callable[[], T]) -> T:
         """work() on every rank; if it raises ValueError on any, every rank raises."""
         error, result, facts = None, None, {}
@@ -214,11 +217,11 @@ class Engine:
         facts = agreement.facts(self.args.plugin_args, skip=("checkpoint_dir",))
         facts |= agreement.facts(checkpoint, "checkpoint.", skip=("folder",))
         facts |= agreement.facts(self.args.config.runtime)
-        for part in ("transformer", "vae"):
-            if part == "transformer" or checkpoint.vae is not None:
-                tensors = open_checkpoint(checkpoint.folder / part)
+        present = ("transformer", "vae") if checkpoint.vae is not None else ("transformer",)
+        for part in present if self._weights is None else ():
+            with open_checkpoint(checkpoint.folder / part) as tensors:
                 listing = [[n, *t.shape, str(t.dtype)] for n, t in sorted(tensors.items())]
-                facts[f"{part} tensors"] = agreement.digest(listing)
+            facts[f"{part} tensors"] = agreement.digest(listing)
         return facts | {"dtype": agreement.digest(self.args.config.device.params_dtype)}
 
     def _read_checkpoint(self) -> CheckpointConfig:
@@ -237,9 +240,18 @@ class Engine:
         self.model = Cosmos3Transformer(self.checkpoint.transformer, self.mesh, **place)
         parts: list[tuple[str, Cosmos3Transformer | WanVAE]] = [("transformer", self.model)]
         if self.checkpoint.vae is not None:
-            self.vae = WanVAE(self.checkpoint.vae, mesh=self.mesh, **place)
+            self.vae = WanVAE(
+                self.checkpoint.vae,
+                mesh=self.mesh,
+                decoder=self.args.plugin_args.decode_video,
+                max_bytes=config.runtime.decode_max_bytes,
+                **place,
+            )
             parts.append(("vae", self.vae))
         for name, part in parts:
+            if self._weights is not None:
+                self._weights(part.slots())
+                continue
             show = progress and self.mesh.rank == 0
             self.load_reports[name] = load(
                 part.slots(),
@@ -264,8 +276,6 @@ class Engine:
             log.info("%s: %s", name, report)
         rows = ops.backends(self.device)
         log.info("ops: %s", ", ".join(f"{op} {where}" for op, where in rows.items()))
-
-    # -- one request ------------------------------------------------------------------------------------------
 
     def _agree(self, request: Cosmos3ActionRequest) -> denoise.Plan:
         """Check the request here and its digest across ranks; every rank raises, or none."""
@@ -292,10 +302,8 @@ class Engine:
     def _forget(self, plan: denoise.Plan) -> None:
         """Ranks differ in what they have cached: all of them start this request without it."""
         for ids in plan.prompts:
-            self._prompts.pop(ids, None)
-        runner = self._runners.pop(plan.key, None)
-        if runner is not None:
-            runner.close()
+            self._prompts.forget(ids)
+        self._runners.forget(plan.key)
 
     def _run(
         self,
@@ -304,7 +312,7 @@ class Engine:
         on_step: Callable[[int], None] | None,
     ) -> dict[str, torch.Tensor]:
         stages = Stages(self.device)
-        noise = self._host.submit(_noise, plan.layout, request.seed)
+        noise = self._host.submit(denoise.noise, plan.layout, request.seed)
         runner = self._runner(plan)
         stages.mark("prepare")
         clean = self._clean(request, plan.layout)
@@ -327,7 +335,7 @@ class Engine:
             assert self.vae is not None
             result["pixels"] = self.vae.decode(video)
             stages.mark("decode")
-        _require_finite(result | {"state": state})
+        denoise.require_finite(result | {"state": state})
         self.times = stages.milliseconds()
         return result
 
@@ -338,9 +346,7 @@ class Engine:
             capture = self.args.config.runtime.use_cuda_graph
             return StepRunner(plan.key, plan.layout, self.model, capture=capture)
 
-        runner = _cached(
-            self._runners, plan.key, make, self.args.config.runtime.max_graphs, StepRunner.close
-        )
+        runner = self._runners.get(plan.key, make)
         for guided in sorted(set(plan.guided)):
             if runner.prepare(guided):
                 log.info("prepared %s, guided %s", plan.key, guided)
@@ -348,12 +354,7 @@ class Engine:
 
     def _und(self, ids: tuple[int, ...]) -> Und:
         """Keys and values of a prompt, computed once while it stays among the last used."""
-        return _cached(
-            self._prompts,
-            ids,
-            lambda: self.model.encode_prompt(ids),
-            self.args.config.runtime.max_prompts,
-        )
+        return self._prompts.get(ids, lambda: self.model.encode_prompt(ids))
 
     def _clean(self, request: Cosmos3ActionRequest, layout: Layout) -> torch.Tensor:
         """float32 [N]: the clean values of the state, pixels encoded where they are given."""
@@ -376,9 +377,7 @@ class Engine:
             capture = self.args.config.runtime.use_cuda_graph
             return static, Captured(lambda: vae.encode(static), self.device, capture)
 
-        static, encode = _cached(
-            self._encoders, tuple(pixels.shape), make, MAX_ENCODERS, lambda pair: pair[1].reset()
-        )
+        static, encode = self._encoders.get(tuple(pixels.shape), make)
         static.copy_(pixels)
         return encode()
 
@@ -387,43 +386,6 @@ class Engine:
     ) -> torch.Tensor:
         video, action = (torch.from_numpy(part).to(self.device) for part in noise.result())
         return latents.flatten(video, action, layout)
-
-
-def _noise(layout: Layout, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Video and action noise: two fresh generators with one seed."""
-    shape = (1, layout.channels, layout.frames, layout.height, layout.width)
-    return sampler.noise(seed, shape), sampler.noise(seed, (1, layout.rows, layout.action_dim))
-
-
-def _require_finite(result: dict[str, torch.Tensor]) -> None:
-    """FloatingPointError naming what holds a NaN or an infinity. The one wait for the device in a
-    request.
-    """
-    flags = torch.stack([torch.isfinite(tensor).all() for tensor in result.values()]).tolist()
-    bad = [name for name, finite in zip(result, flags, strict=True) if not finite]
-    if bad:
-        raise FloatingPointError(f"not finite, so nothing is returned: {', '.join(bad)}")
-
-
-def _cached(
-    cache: OrderedDict[Any, T],
-    key: Hashable,
-    make: Callable[[], T],
-    bound: int,
-    drop: Callable[[T], None] | None = None,
-) -> T:
-    """cache[key], made if missing; the least recently used entries beyond `bound` are dropped
-    first.
-    """
-    if key in cache:
-        cache.move_to_end(key)
-        return cache[key]
-    while len(cache) >= bound:
-        _, old = cache.popitem(last=False)
-        if drop is not None:
-            drop(old)
-    cache[key] = make()
-    return cache[key]
 
 
 def _device(config: DeviceConfig) -> torch.device:

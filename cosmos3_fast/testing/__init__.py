@@ -15,6 +15,7 @@ __all__ = [
     "NANO_TRANSFORMER",
     "NANO_VAE",
     "fill_random",
+    "make_nano_folder",
     "make_tiny_checkpoint",
     "random_tensor",
     "transformer_shapes",

@@ -65,6 +65,21 @@ def make_tiny_checkpoint(
     return folder
 
 
+def make_nano_folder(folder: str | Path) -> Path:
+    """Write everything of a Nano-size checkpoint but its weights into `folder` and return it.
+
+    `Engine(args, weights=fill_random)` runs it; the tokenizer is the tiny one, whose ids Nano's
+    vocabulary covers.
+    """
+    folder = Path(folder)
+    make_tokenizer(folder / "text_tokenizer")
+    _write_json(folder / "transformer" / "config.json", NANO_TRANSFORMER)
+    _write_json(folder / "vae" / "config.json", NANO_VAE)
+    _write_json(folder / "scheduler" / "scheduler_config.json", NANO_SCHEDULER)
+    _write_json(folder / "model_index.json", MODEL_INDEX)
+    return folder
+
+
 def _vocab_size(folder: Path) -> int:
     """One more than the largest token id of a tokenizer.json, rounded up to a multiple of 8."""
     data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
