@@ -84,9 +84,7 @@ class PromptTokenizer:
     def _split_template(self, rendered: str) -> tuple[tuple[list[int], str], tuple[str, list[int]]]:
         """(ids, plain text) before the mark and (plain text, ids) after it."""
         if rendered.count(_MARK) != 1:
-            raise ValueError(
-                f"the chat template in {self.path!r} does not give the text once"
-            )
+            raise ValueError(f"the chat template in {self.path!r} does not give the text once")
         before, after = rendered.split(_MARK)
         first, last = self._pieces(before), self._pieces(after)
         return (self._ids(first[:-1]), first[-1]), (last[0], self._ids(last[1:]))

@@ -24,7 +24,7 @@ def action_rows(actions: Any, name: str = "cond_action") -> torch.Tensor:
         if isinstance(actions, torch.Tensor):
             rows = actions.detach().to("cpu", torch.float32)
         else:
-            rows = torch.from_numpy(np.array(actions, dtype=np.float32))
+            rows = torch.from_numpy(np.array(actions, dtype=np.float64)).float()
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}{_ragged(actions)}: {error}") from error
     if rows.ndim == 3 and rows.shape[0] == 1:

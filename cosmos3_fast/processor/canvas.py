@@ -40,24 +40,25 @@ def resize(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return planes.clamp_(0, 255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _extended(content: int, total: int, reflect: bool) -> torch.Tensor:
-    """Source index of each of `total` rows when `content` rows are continued at the end."""
-    index = torch.arange(total)
-    mirrored = 2 * (content - 1) - index if reflect else torch.full_like(index, content - 1)
-    return torch.where(index < content, index, mirrored)
+def _continue(frames: torch.Tensor, dim: int, extra: int, reflect: bool) -> torch.Tensor:
+    """`extra` more rows behind the last: the ones before it, mirrored, or the last repeated."""
+    last = frames.shape[dim] - 1
+    if reflect:
+        tail = frames.narrow(dim, last - extra, extra).flip(dim)
+    else:
+        tail = frames.narrow(dim, last, 1).repeat_interleave(extra, dim)
+    return torch.cat([frames, tail], dim)
 
 
 def pad(frames: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:
-    """Continue right and bottom by reflection: [T,h,w,3] -> [T,H,W,3].
+    """Continue bottom and right by reflection: [T,h,w,3] -> [T,H,W,3].
 
     Edge replication on both sides once a padding is as wide as its content.
     """
     height, width = int(frames.shape[1]), int(frames.shape[2])
-    if (height, width) == canvas:
-        return frames
-    reflect = canvas[0] - height < height and canvas[1] - width < width
-    rows, columns = _extended(height, canvas[0], reflect), _extended(width, canvas[1], reflect)
-    return frames.index_select(1, rows).index_select(2, columns)
+    down, right = canvas[0] - height, canvas[1] - width
+    reflect = down < height and right < width
+    return _continue(_continue(frames, 1, down, reflect), 2, right, reflect)
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,11 @@ def _to_uint8(array: torch.Tensor) -> torch.Tensor:
     return (unit * 255).round().to(torch.uint8)
 
 
-def _from_array(array: Any) -> torch.Tensor:
+def _from_array(array: np.ndarray | torch.Tensor) -> torch.Tensor:
     """[H,W,C], [C,H,W], [T,H,W,C] or [T,C,H,W] with C 3 or 4 (alpha is dropped)."""
-    tensor = torch.as_tensor(array).detach().cpu()
+    if isinstance(array, np.ndarray):
+        array = torch.from_numpy(np.ascontiguousarray(array))
+    tensor = array.detach().cpu()
     if tensor.ndim not in (3, 4) or tensor.numel() == 0:
         raise ValueError(
             f"an image must have shape [H,W,3], a clip [T,H,W,3]; got {list(tensor.shape)}"

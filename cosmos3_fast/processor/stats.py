@@ -17,6 +17,7 @@ _BLOCKS = {
     "quantile": ("global", "q01", "q99"),
     "quantile_rot": ("global_raw", "q01", "q99"),
 }
+NORMALIZATIONS = tuple(_BLOCKS)
 
 
 @dataclass(frozen=True, eq=False)

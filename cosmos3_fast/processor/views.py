@@ -36,3 +36,8 @@ def compose_droid_views(wrist: Any, exterior_1: Any, exterior_2: Any) -> torch.T
     bottom = torch.cat([_stretch(view, height, width) for view in (left, right)], dim=1)
     mosaic = torch.cat([top, bottom])
     return _stretch(mosaic, *DROID_SIZE).contiguous()
+
+
+def droid_mosaic(mosaic: Any) -> torch.Tensor:
+    """A picture already composed of the three views, stretched to uint8 [540,640,3]."""
+    return _stretch(load_frames(mosaic, 1)[0], *DROID_SIZE).contiguous()
