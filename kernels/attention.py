@@ -1,40 +1,40 @@
-"""Grouped-query flash attention over [GEN keys | the first und_len UND keys], and its causal form.
+"""Grouped-query flash attention over [GEN keys | the first und_len UND keys].
 
     out[m, h] = sum_j softmax_j(q[m, h] . k[j, h // G] * D^-0.5) v[j, h // G],   G = Hq / Hk
 
 The number of GEN keys is known to the host, that of UND keys is read on the device: one graph
 serves every prompt length up to the buffer's capacity, and what lies past the length is not loaded.
-Scores, softmax (base 2) and sums are float32; the weights are rounded to v's dtype for the second
-product. A program's rows are (token, head of the group) pairs: all heads of a group share its keys.
+Accumulation is float32 (online_softmax.py). A program's rows are (token, head of the group) pairs:
+all heads of a group share the keys it loads.
 
 cuDNN wants its lengths on the host: it takes the GEN keys and returns its log-sum-exp, from which
 `attention_continue` goes on over the UND keys.
-Source: FlashAttention-2 (Dao 2023), online softmax (Milakov and Gimelshein 2018).
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .causal_attention import causal_attention
+from .online_softmax import Tile, check_heads, descriptor, log2_scale, over_blocks
 
-class Tile(NamedTuple):
-    """Rows (token-head pairs) and keys of a block, warps, pipeline stages."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
+__all__ = [
+    "attention",
+    "attention_choice",
+    "attention_continue",
+    "attention_cudnn",
+    "attention_triton",
+    "causal_attention",
+]
 
 
 # By bytes of an element. 64 x 64 with 4 warps and 3 stages won at D, E and S on the H200.
 TILES = {2: Tile(64, 64, 4, 3), 4: Tile(32, 32, 4, 2)}
 CONTINUE_TILES = {2: Tile(64, 64, 4, 3), 4: Tile(32, 32, 4, 2)}
-CAUSAL_TILES = {2: Tile(64, 64, 4, 3), 4: Tile(32, 32, 4, 2)}
 
 # Which one runs, by (query tokens, GEN keys) of one batch element; elsewhere the nearest row in log
 # scale. Rows from `python tests/gpu_kernels.py` (H200, 32 query and 8 key/value heads of 128).
@@ -51,62 +51,34 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _blocks(
-    acc, top, total, q, k_ptr, v_ptr, k_row, v_row, start, stop, token, scale,
-    DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, TAIL: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """The online softmax over keys [start, stop), whole blocks unless TAIL; top is in base 2."""
-    column = tl.arange(0, KEYS)
-    at = tl.arange(0, DIM)
-    k_offsets = column[None, :] * k_row + at[:, None]
-    v_offsets = column[:, None] * v_row + at[None, :]
-    for first in tl.range(start, stop, KEYS, num_stages=STAGES):
-        key = first + column
-        k_block = k_ptr + tl.cast(first, tl.int64) * k_row + k_offsets
-        k = tl.load(k_block, mask=(key < stop)[None, :], other=0.0) if TAIL else tl.load(k_block)
-        scores = tl.dot(q, k, input_precision="ieee")
-        if TAIL:
-            scores = tl.where((key < stop)[None, :], scores, -float("inf"))
-        if CAUSAL:
-            scores = tl.where(key[None, :] <= token[:, None], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights = tl.math.exp2(scores * scale - new_top[:, None])
-        kept = tl.math.exp2(top - new_top)
-        v_block = v_ptr + tl.cast(first, tl.int64) * v_row + v_offsets
-        v = tl.load(v_block, mask=(key < stop)[:, None], other=0.0) if TAIL else tl.load(v_block)
-        total = total * kept + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
-        top = new_top
-    return acc, top, total
-
-
-@triton.jit
-def _keys(
-    acc, top, total, q, k_ptr, v_ptr, k_row, v_row, length, token, scale,
-    DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+def _over_keys(
+    acc, top, total, q, k_ptr, v_ptr, k_row, v_row, k_desc, v_desc, desc_row, desc_column,
+    length, token, scale,
+    DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the first length keys: whole blocks without masks, then the tail."""
     whole = length // KEYS * KEYS
-    acc, top, total = _blocks(
-        acc, top, total, q, k_ptr, v_ptr, k_row, v_row, 0, whole, token, scale,
-        DIM, KEYS, STAGES, False, False,
+    acc, top, total = over_blocks(
+        acc, top, total, q, k_ptr, v_ptr, k_row, v_row, k_desc, v_desc, desc_row, desc_column,
+        0, whole, token, scale, DIM, KEYS, STAGES, False, False, TMA,
     )  # fmt: skip
-    return _blocks(
-        acc, top, total, q, k_ptr, v_ptr, k_row, v_row, whole, length, token, scale,
-        DIM, KEYS, 1, True, False,
+    return over_blocks(
+        acc, top, total, q, k_ptr, v_ptr, k_row, v_row, None, None, 0, 0,
+        whole, length, token, scale, DIM, KEYS, 1, True, False, False,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens", "gen_keys"])
+@triton.jit(do_not_specialize=["tokens", "gen_keys", "capacity"])
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, und_k_ptr, und_v_ptr, und_len_ptr, before_ptr, lse_ptr, out_ptr,
+    k_desc, v_desc, und_k_desc, und_v_desc,
     q_batch, q_row, k_batch, k_row, v_batch, v_row, und_k_batch, und_k_row, und_v_batch, und_v_row,
-    before_batch, before_row, out_batch, out_row, tokens, gen_keys, scale,
+    before_batch, before_row, out_batch, out_row, tokens, gen_keys, capacity, scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, CONTINUE: tl.constexpr, STORE_LSE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kv_head, element = tl.program_id(1), tl.program_id(2)
+    batch = element.to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, DIM)
     token = row // GROUP
@@ -127,16 +99,16 @@ def _attention_kernel(
         total = tl.zeros([ROWS], tl.float32)
         k_ptr += batch * k_batch + kv_head * DIM
         v_ptr += batch * v_batch + kv_head * DIM
-        acc, top, total = _keys(
-            acc, top, total, q, k_ptr, v_ptr, k_row, v_row, gen_keys, token, scale,
-            DIM, KEYS, STAGES,
+        acc, top, total = _over_keys(
+            acc, top, total, q, k_ptr, v_ptr, k_row, v_row, k_desc, v_desc,
+            element * gen_keys, kv_head * DIM, gen_keys, token, scale, DIM, KEYS, STAGES, TMA,
         )  # fmt: skip
     und_k_ptr += batch * und_k_batch + kv_head * DIM
     und_v_ptr += batch * und_v_batch + kv_head * DIM
     und_len = tl.load(und_len_ptr + batch)
-    acc, top, total = _keys(
-        acc, top, total, q, und_k_ptr, und_v_ptr, und_k_row, und_v_row, und_len, token, scale,
-        DIM, KEYS, STAGES,
+    acc, top, total = _over_keys(
+        acc, top, total, q, und_k_ptr, und_v_ptr, und_k_row, und_v_row, und_k_desc, und_v_desc,
+        element * capacity, kv_head * DIM, und_len, token, scale, DIM, KEYS, STAGES, TMA,
     )  # fmt: skip
     out_ptr += batch * out_batch + rows * out_row + here
     tl.store(out_ptr, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
@@ -144,56 +116,8 @@ def _attention_kernel(
         tl.store(lse_ptr, (top + tl.math.log2(total)) * _LN2, mask=token < tokens)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _causal_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, q_row, k_row, v_row, out_row, tokens, scale,
-    GROUP: tl.constexpr, DIM: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    # The last rows see the most keys: they start first.
-    block, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    row = block * ROWS + tl.arange(0, ROWS)
-    at = tl.arange(0, DIM)
-    token = row // GROUP
-    inside = (token < tokens)[:, None]
-    here = ((kv_head * GROUP + row % GROUP) * DIM)[:, None] + at[None, :]
-    rows = token[:, None].to(tl.int64)
-    q = tl.load(q_ptr + rows * q_row + here, mask=inside, other=0.0)
-    acc = tl.zeros([ROWS, DIM], tl.float32)
-    top = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    k_ptr += kv_head * DIM
-    v_ptr += kv_head * DIM
-    seen_by_all = (block * ROWS // GROUP + 1) // KEYS * KEYS
-    seen = tl.minimum(((block + 1) * ROWS - 1) // GROUP + 1, tokens)
-    acc, top, total = _blocks(
-        acc, top, total, q, k_ptr, v_ptr, k_row, v_row, 0, seen_by_all, token, scale,
-        DIM, KEYS, STAGES, False, False,
-    )  # fmt: skip
-    acc, top, total = _blocks(
-        acc, top, total, q, k_ptr, v_ptr, k_row, v_row, seen_by_all, seen, token, scale,
-        DIM, KEYS, 1, True, True,
-    )  # fmt: skip
-    out_ptr += rows * out_row + here
-    tl.store(out_ptr, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def _scale(dim: int) -> float:
-    return dim**-0.5 * math.log2(math.e)
-
-
-def _check(q: torch.Tensor, *others: torch.Tensor) -> None:
-    """q [..., Hq, D]: one dtype and device, heads packed, D a power of two of at least 16."""
-    dim = q.shape[-1]
-    assert dim >= 16 and dim & (dim - 1) == 0, f"head_dim {dim} is no power of two of at least 16"
-    for x in (q, *others):
-        assert x.ndim == q.ndim and x.shape[-1] == dim, (x.shape, q.shape)
-        assert x.stride(-1) == 1 and (x.stride(-2) == dim or x.shape[-2] == 1), x.stride()
-        assert x.dtype == q.dtype and x.device == q.device, (x.dtype, q.dtype, x.device, q.device)
-
-
 def _check_und(q, k, v, und_k, und_v, und_len, out) -> None:
-    _check(q, k, v, und_k, und_v, out)
+    check_heads(q, k, v, und_k, und_v, out)
     batch, _, heads, _ = q.shape
     assert k.shape == v.shape and und_k.shape == und_v.shape, (k.shape, v.shape, und_v.shape)
     assert k.shape[0] == und_k.shape[0] == batch, (q.shape, k.shape, und_k.shape)
@@ -210,10 +134,12 @@ def _launch(q, k, v, und_k, und_v, und_len, before, lse, out, tile) -> torch.Ten
     if tokens * batch:
         _attention_kernel[(triton.cdiv(tokens * group, tile.rows), kv_heads, batch)](
             *(q, k, v, und_k, und_v, und_len, before, q if lse is None else lse, out),
+            *(descriptor(x, tile.keys) if tile.tma else None for x in (k, v, und_k, und_v)),
             *(s for x in (q, k, v, und_k, und_v, before, out) for s in x.stride()[:2]),
             tokens,
             k.shape[1],
-            _scale(dim),
+            und_k.shape[1],
+            log2_scale(dim),
             GROUP=group,
             DIM=dim,
             CONTINUE=lse is not None,
@@ -221,6 +147,7 @@ def _launch(q, k, v, und_k, und_v, und_len, before, lse, out, tile) -> torch.Ten
             ROWS=tile.rows,
             KEYS=tile.keys,
             STAGES=tile.stages,
+            TMA=tile.tma,
             num_warps=tile.warps,
         )
     return out
@@ -323,35 +250,3 @@ def attention(
     if q.element_size() == 2 and attention_choice(q.shape[1], k.shape[1]) == "cudnn":
         return attention_cudnn(q, k, v, und_k, und_v, und_len, out=out)
     return attention_triton(q, k, v, und_k, und_v, und_len, out=out)
-
-
-def causal_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    out: torch.Tensor | None = None,
-    tile: Tile | None = None,
-) -> torch.Tensor:
-    """q [n, Hq, D], k, v [n, Hk, D] -> [n, Hq, D]: token i attends to tokens 0 to i."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    _check(q, k, v, out)
-    (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
-    assert k.shape == v.shape and k.shape[0] == tokens, (q.shape, k.shape, v.shape)
-    assert out.shape == q.shape and heads % kv_heads == 0, (out.shape, q.shape, k.shape)
-    tile = tile or CAUSAL_TILES[q.element_size()]
-    group = heads // kv_heads
-    if tokens:
-        _causal_kernel[(triton.cdiv(tokens * group, tile.rows), kv_heads)](
-            *(q, k, v, out),
-            *(x.stride(0) for x in (q, k, v, out)),
-            tokens,
-            _scale(dim),
-            GROUP=group,
-            DIM=dim,
-            ROWS=tile.rows,
-            KEYS=tile.keys,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-        )
-    return out

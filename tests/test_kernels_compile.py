@@ -21,6 +21,7 @@ KERNELS = (
     "qk_norm_rope",
     "qk_norm_rope-tp4",
     "attention",
+    "attention-tma",
     "attention_continue",
     "causal_attention",
     "silu_mul",
@@ -35,6 +36,7 @@ def settings(name: str):
     """(kernel, types of the arguments that are neither *bf16 nor i32, constants, warps)."""
     from cosmos3_fast.kernels import (
         attention,
+        causal_attention,
         qk_norm_rope,
         rms_norm,
         silu_mul,
@@ -68,16 +70,21 @@ def settings(name: str):
     tables = {
         "attention": attention.TILES,
         "attention_continue": attention.CONTINUE_TILES,
-        "causal_attention": attention.CAUSAL_TILES,
+        "causal_attention": causal_attention.TILES,
     }
-    tile = tables[op][2]
+    tile = tables[op][2]._replace(tma=variant == "tma")
     constants = {"GROUP": 4, "DIM": 128}
     constants |= {"ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.stages}
     if op == "causal_attention":
-        return attention._causal_kernel, {"scale": "fp32"}, constants, tile.warps
+        return causal_attention._causal_kernel, {"scale": "fp32"}, constants, tile.warps
     continued = op == "attention_continue"
-    constants |= {"CONTINUE": continued, "STORE_LSE": continued}
+    constants |= {"CONTINUE": continued, "STORE_LSE": continued, "TMA": tile.tma}
     types = {"und_len_ptr": "*i32", "lse_ptr": "*fp32", "scale": "fp32"}
+    descriptors = ("k_desc", "v_desc", "und_k_desc", "und_v_desc")
+    if tile.tma:
+        types |= dict.fromkeys(descriptors, f"tensordesc<bf16[{tile.keys}, 128]>")
+    else:
+        constants |= dict.fromkeys(descriptors)
     return attention._attention_kernel, types, constants, tile.warps
 
 

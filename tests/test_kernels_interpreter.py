@@ -270,6 +270,10 @@ def test_attention(case, dtype):
     assert kernel("attention").attention_triton(*inputs, out=out) is out
     assert_close(out, *attention_outcomes(inputs))
     guarded.check()
+    tile = kernel("online_softmax").Tile(32, 16, 4, 2, tma=True)
+    dense = [x.contiguous() for x in inputs]
+    by_tma = kernel("attention").attention_triton(*dense, tile=tile)
+    assert_close(by_tma, *attention_outcomes(inputs))
 
 
 @interpreted
