@@ -61,7 +61,7 @@ class PromptTokenizer:
             tokenizer = AutoTokenizer.from_pretrained(
                 self.path, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"cannot load a tokenizer from {self.path!r}: {error}") from error
         if not tokenizer.is_fast:
             raise ValueError(f"{self.path!r} holds no tokenizer.json that `tokenizers` can run")
@@ -71,7 +71,7 @@ class PromptTokenizer:
         if not tokenizer.chat_template:
             raise ValueError(f"the tokenizer in {self.path!r} has no chat template")
         turn = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
     def _control(self, token: str | None) -> int:
         if token not in self._added:
@@ -79,7 +79,7 @@ class PromptTokenizer:
         return self._added[token]
 
     def _plain(self, text: str) -> list[int]:
-        return self._text.encode(text, add_special_tokens=False).ids
+        return list(self._text.encode(text, add_special_tokens=False).ids)
 
     def _split_template(self, rendered: str) -> tuple[tuple[list[int], str], tuple[str, list[int]]]:
         """(ids, plain text) before the mark and (plain text, ids) after it."""

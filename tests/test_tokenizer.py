@@ -160,6 +160,12 @@ def _rename_vision_start(folder):
         (folder / name).write_text(text.replace("<|vision_start|>", "<|view|>"), encoding="utf-8")
 
 
+def _python_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    config = json.dumps({"tokenizer_class": "ByT5Tokenizer"})
+    (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
+
+
 def _no_files(folder):
     for path in folder.iterdir():
         path.unlink()
@@ -172,6 +178,11 @@ BAD = {
         lambda folder: (folder / "tokenizer_config.json").write_text("{"),
         "cannot load a tokenizer",
     ),
+    "broken added tokens": (
+        lambda folder: _edit(folder, added_tokens_decoder={"1": 3}),
+        "cannot load a tokenizer",
+    ),
+    "python tokenizer": (_python_tokenizer, "no tokenizer.json that `tokenizers` can run"),
     "no template": (_no_template, "no chat template"),
     "template without text": (_template("<|im_start|>user\n"), "does not give the text once"),
     "template says it twice": (
