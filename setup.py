@@ -1,6 +1,6 @@
 """Packages and the CMake build of `cosmos3_fast._C`; everything static stands in pyproject.toml.
 
-`CMAKE_ARGS` is appended to the configure command: `CMAKE_ARGS=-DCOSMOS3_WITH_CUDA=OFF pip install .`
+`CMAKE_ARGS` joins the configure command: `CMAKE_ARGS=-DCOSMOS3_WITH_CUDA=OFF pip install .`
 """
 
 import importlib

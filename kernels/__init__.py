@@ -1,4 +1,4 @@
-"""Raw kernels, installed as `cosmos3_fast.kernels`: Triton, one operation a file, and their torch references."""
+"""Raw kernels, installed as `cosmos3_fast.kernels`: Triton, one operation a file; references."""
 
 if __name__ == "kernels":
     raise ImportError(
