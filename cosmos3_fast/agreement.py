@@ -34,8 +34,8 @@ def digest(value: Any) -> str:
         flat = value.detach().contiguous().cpu().flatten()
         return _bytes_digest(str(value.dtype)[6:], value.shape, flat.view(torch.uint8).numpy())
     if isinstance(value, np.ndarray):
-        flat = np.ascontiguousarray(value).reshape(-1)
-        return _bytes_digest(str(value.dtype), value.shape, flat.view(np.uint8))
+        items = np.ascontiguousarray(value).reshape(-1)
+        return _bytes_digest(str(value.dtype), value.shape, items.view(np.uint8))
     if isinstance(value, (bool, int, float, str, type(None), torch.dtype)):
         text = repr(value)
     elif isinstance(value, (list, tuple)):

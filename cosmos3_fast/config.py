@@ -56,7 +56,8 @@ class ParallelConfig:
             )
         if self.tp_size < 1 or self.world_size != self.cfg_size * self.tp_size:
             raise ValueError(
-                f"world_size {self.world_size} must be cfg_size {self.cfg_size} x tp_size {self.tp_size}"
+                f"world_size {self.world_size} must be cfg_size {self.cfg_size} x "
+                f"tp_size {self.tp_size}"
             )
 
 
@@ -223,18 +224,19 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         if sum(self.rope_axes_dim) != self.head_dim // 2 or len(self.rope_axes_dim) != 3:
             raise ValueError(
-                f"transformer config: rope_axes_dim {self.rope_axes_dim} must be three numbers that sum to "
-                f"head_dim / 2 = {self.head_dim // 2}"
+                f"transformer config: rope_axes_dim {self.rope_axes_dim} must be three numbers "
+                f"that sum to head_dim / 2 = {self.head_dim // 2}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"transformer config: num_attention_heads {self.num_attention_heads} is no multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
+                f"transformer config: num_attention_heads {self.num_attention_heads} is no "
+                f"multiple of num_key_value_heads {self.num_key_value_heads}"
             )
         if self.patch_latent_dim != self.latent_channel * self.latent_patch_size**2:
             raise ValueError(
-                f"transformer config: patch_latent_dim {self.patch_latent_dim} must be latent_channel "
-                f"{self.latent_channel} x latent_patch_size {self.latent_patch_size} squared"
+                f"transformer config: patch_latent_dim {self.patch_latent_dim} must be "
+                f"latent_channel {self.latent_channel} x latent_patch_size "
+                f"{self.latent_patch_size} squared"
             )
 
 
@@ -302,7 +304,7 @@ class SchedulerConfig:
     def from_dict(
         cls, data: Mapping[str, Any], model_index: Mapping[str, Any] | None = None
     ) -> SchedulerConfig:
-        """From the two files' JSON; ValueError names the key that this solver does not implement."""
+        """From the two files' JSON; ValueError names the key that this solver does not have."""
         for key, value in cls.REQUIRED.items():
             if key in data and data[key] != value:
                 raise ValueError(

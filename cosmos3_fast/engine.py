@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 import torch
@@ -63,8 +63,8 @@ class Engine:
         """Build and load. ValueError names the file, key or number that does not fit, on every rank
         alike.
 
-        `weights` fills the slots of each network instead of the checkpoint's tensors, whose files are
-        then not read (`testing.fill_random`: a model of real size without its weights).
+        `weights` fills the slots of each network instead of the checkpoint's tensors, whose files
+        are then not read (`testing.fill_random`: a model of real size without its weights).
         """
         self.args, self._weights = args, weights
         self.mesh = Mesh.create(args.config.parallel, _device(args.config.device))
@@ -236,7 +236,7 @@ class Engine:
 
     def _build(self, progress: bool) -> None:
         config, folder = self.args.config, self.checkpoint.folder
-        place = {"device": self.device, "dtype": config.device.params_dtype}
+        place: dict[str, Any] = {"device": self.device, "dtype": config.device.params_dtype}
         self.model = Cosmos3Transformer(self.checkpoint.transformer, self.mesh, **place)
         parts: list[tuple[str, Cosmos3Transformer | WanVAE]] = [("transformer", self.model)]
         if self.checkpoint.vae is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -189,7 +189,7 @@ class StepRunner:
         self.inputs.step.zero_()
 
     def prepare(self, guided: bool) -> bool:
-        """Capture a step if that has not happened; True if it has now. Leaves the state undefined."""
+        """Capture a step if that has not happened; True if it has now, the state then undefined."""
         if guided in self._steps:
             return False
         self.inputs.step.zero_()
@@ -238,7 +238,7 @@ def _inputs(
     key: ShapeKey, layout: Layout, model: Cosmos3Transformer, model_in: torch.Tensor
 ) -> GenInputs:
     config, device = model.config, model.device
-    place = {"device": device, "dtype": model.dtype}
+    place: dict[str, Any] = {"device": device, "dtype": model.dtype}
     attention = model.gen[0].attention
     tokens, half = layout.tokens, config.head_dim // 2
     und = (config.num_hidden_layers, key.branches, key.capacity, attention.kv_heads, attention.dim)

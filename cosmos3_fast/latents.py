@@ -10,6 +10,7 @@ channels past the robot's own are held at their given value (0 for padding) thro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +22,14 @@ def to_patches(latents: torch.Tensor, patch: int) -> torch.Tensor:
     """latents [1, C, T, H, W] -> [T * ceil(H/p) * ceil(W/p), p * p * C], zero-padded right and
     bottom.
     """
-    channels, frames, height, width = latents.shape[1:]
+    channels, _, height, width = latents.shape[1:]
     padded = F.pad(latents[0], (0, -width % patch, 0, -height % patch))
     cells = padded.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # C T h p w p
     return cells.permute(1, 2, 4, 3, 5, 0).reshape(-1, patch * patch * channels)
 
 
 def from_patches(patches: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Inverse of `to_patches`: [video_tokens, p * p * C] -> [1, C, T, H, W], the padding cut off."""
+    """Inverse of `to_patches`: [video_tokens, p * p * C] -> [1, C, T, H, W], the padding cut."""
     frames, rows, cols = layout.grid
     p = layout.patch
     cells = patches.view(frames, rows, cols, p, p, layout.channels)
@@ -84,7 +85,7 @@ def clean_state(
     latents [1, C, >= frames that are clean, >= H, >= W], actions [1, chunk, A] (forward_dynamics),
     state_rows [1, r, raw] in front of them.
     """
-    place = {"dtype": torch.float32, "device": device}
+    place: dict[str, Any] = {"dtype": torch.float32, "device": device}
     video = torch.zeros(1, layout.channels, layout.frames, layout.height, layout.width, **place)
     frames = list(layout.clean_frames)
     if frames and latents is not None:

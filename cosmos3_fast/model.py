@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -93,7 +94,7 @@ class Tower(nn.Module):
     ) -> None:
         super().__init__()
         prefix, suffix = f"layers.{index}", "_moe_gen" if tower == "gen" else ""
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         size, eps = config.hidden_size, config.rms_norm_eps
         names = GEN if tower == "gen" else UND
         self.norm_in = RMSNorm(size, eps, f"{prefix}.input_layernorm{suffix}", **place)
@@ -113,18 +114,23 @@ class Cosmos3Transformer(nn.Module):
     """This rank's part of both towers and the projections around them."""
 
     unused = UNUSED
+    und: Sequence[Tower]
+    gen: Sequence[Tower]
 
     def __init__(
         self, config: TransformerConfig, mesh: Mesh, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.config, self.mesh, self.dtype, self.device = config, mesh, dtype, device
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden, patch, action = config.hidden_size, config.patch_latent_dim, config.action_dim
         layers, domains = range(config.num_hidden_layers), config.num_embodiment_domains
         self.embed_tokens = empty(config.vocab_size, hidden, **place)
-        self.und = nn.ModuleList(Tower(config, i, "und", mesh, **place) for i in layers)
-        self.gen = nn.ModuleList(Tower(config, i, "gen", mesh, **place) for i in layers)
+        und, gen = (
+            nn.ModuleList(Tower(config, i, tower, mesh, **place) for i in layers)
+            for tower in ("und", "gen")
+        )
+        self.und, self.gen = cast("Sequence[Tower]", und), cast("Sequence[Tower]", gen)
         self.norm_gen = RMSNorm(hidden, config.rms_norm_eps, "norm_moe_gen", **place)
         self.proj_in = ReplicatedLinear(patch, hidden, "proj_in", **place)
         self.proj_out = ReplicatedLinear(hidden, patch, "proj_out", **place)
@@ -144,7 +150,7 @@ class Cosmos3Transformer(nn.Module):
         }
         for module in self.modules():
             if module is not self and hasattr(module, "slots"):
-                slots |= module.slots()
+                slots |= module.slots()  # type: ignore[operator]
         return slots
 
     def adapter(self, domain: int) -> Adapter:
@@ -211,7 +217,7 @@ class Cosmos3Transformer(nn.Module):
         return ops.timestep_add(x, inputs.table, inputs.step, inputs.noisy)
 
     def _project(self, x: torch.Tensor, inputs: GenInputs, out: torch.Tensor) -> None:
-        """x [G, noisy, H] -> velocities of the noisy video and action tokens, scattered into out."""
+        """x [G, noisy, H] -> velocities of the noisy video and action tokens, put into out."""
         groups, (patches, width) = x.shape[0], inputs.video.shape
         split, adapter = inputs.video_rows.shape[0], inputs.adapter
         video = out[:, : patches * width].view(groups, patches, width)

@@ -24,7 +24,7 @@ _TRITON = {  # operation -> module of cosmos3_fast.kernels that holds its launch
     "add_rms_norm": "rms_norm",
     "qk_norm_rope": "qk_norm_rope",
     "attention": "attention",
-    "causal_attention": "attention",
+    "causal_attention": "causal_attention",
     "silu_mul": "silu_mul",
     "timestep_add": "timestep_add",
     "unipc_step": "unipc_step",
@@ -171,7 +171,7 @@ def _extension() -> Any:
 
 
 def image_to_tensor(frames: torch.Tensor) -> torch.Tensor:
-    """uint8 frames [T, H, W, 3] -> float32 [3, T, H, W] = x / 127.5 - 1, its memory channels-last."""
+    """uint8 frames [T, H, W, 3] -> float32 [3, T, H, W] = x / 127.5 - 1, channels-last memory."""
     if not _extension_runs(frames.device):
         return _reference.image_to_tensor(frames)
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:

@@ -20,7 +20,7 @@ SPATIAL_FACTOR, TEMPORAL_FACTOR = 16, 4
 
 
 def pixel_to_latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """Latent (t, h, w) of a clip in pixels: ((T - 1) // 4 + 1, max(H // 16, 1), max(W // 16, 1))."""
+    """Latent (t, h, w) of a clip in pixels: (T - 1) // 4 + 1, max(H // 16, 1), max(W // 16, 1)."""
     if min(num_frames, height, width) < 1:
         raise ValueError(
             f"a clip needs at least one frame and one pixel, got {(num_frames, height, width)}"
@@ -151,7 +151,7 @@ def layout(request: Cosmos3ActionRequest, config: TransformerConfig) -> Layout:
 
 
 def prompt_ids(ids: torch.Tensor, mask: torch.Tensor, name: str, vocab_size: int) -> list[int]:
-    """Token ids of one prompt, the masked tail cut off; ValueError names the field and the numbers."""
+    """Token ids of one prompt, the masked tail cut; ValueError names the field and the numbers."""
     if ids.ndim != 2 or ids.shape != mask.shape:
         raise ValueError(
             f"{name} and its mask must both be [1, n], got {_shape(ids)} and {_shape(mask)}"
@@ -215,7 +215,8 @@ def _check_video(
         raise ValueError(f"video_shape must be three positive integers (t, h, w), got {shape}")
     if shape[0] not in (1, chunk // 4 + 1):
         raise ValueError(
-            f"video_shape has {shape[0]} latent frames; action_chunk {chunk} needs {chunk // 4 + 1} (or 1)"
+            f"video_shape has {shape[0]} latent frames; action_chunk {chunk} needs "
+            f"{chunk // 4 + 1} (or 1)"
         )
     frames = clean_frames(request)
     if frames and not 0 <= frames[0] <= frames[-1] < shape[0]:
@@ -241,7 +242,8 @@ def _check_latents(
     good = latents.ndim == 5 and latents.shape[:2] == least[:2]
     if not good or any(a < b for a, b in zip(latents.shape, least, strict=True)):
         raise ValueError(
-            f"cond_video_latents must be {list(least)} (or longer in t, h, w), got {_shape(latents)}"
+            f"cond_video_latents must be {list(least)} (or longer in t, h, w), "
+            f"got {_shape(latents)}"
         )
     _check_finite(latents, "cond_video_latents")
 
@@ -252,17 +254,20 @@ def _check_pixels(pixels: torch.Tensor, shape: tuple[int, ...], frames: Sequence
         raise ValueError(f"cond_video_pixels must be [1, 3, T, H, W], got {_shape(pixels)}")
     if pixels.shape[2] < least:
         raise ValueError(
-            f"cond_video_pixels need {least} frames for clean latent frame {frames[-1]}, got {pixels.shape[2]}"
+            f"cond_video_pixels need {least} frames for clean latent frame {frames[-1]}, "
+            f"got {pixels.shape[2]}"
         )
     height, width = pixels.shape[3:]
     if height % SPATIAL_FACTOR or width % SPATIAL_FACTOR:
         raise ValueError(
-            f"cond_video_pixels must be a multiple of {SPATIAL_FACTOR} high and wide, got {height}x{width}"
+            f"cond_video_pixels must be a multiple of {SPATIAL_FACTOR} high and wide, "
+            f"got {height}x{width}"
         )
     if height // SPATIAL_FACTOR < shape[1] or width // SPATIAL_FACTOR < shape[2]:
         raise ValueError(
-            f"cond_video_pixels of {height}x{width} give {height // SPATIAL_FACTOR}x{width // SPATIAL_FACTOR} "
-            f"latents, fewer than video_shape {shape}"
+            f"cond_video_pixels of {height}x{width} give "
+            f"{height // SPATIAL_FACTOR}x{width // SPATIAL_FACTOR} latents, "
+            f"fewer than video_shape {shape}"
         )
     if pixels.dtype != torch.uint8:
         _check_finite(pixels, "cond_video_pixels")

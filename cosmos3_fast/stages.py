@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -30,11 +31,11 @@ class Stages:
         """Stage -> ms; waits for the last mark."""
         if self._cuda:
             self._marks[-1][1].synchronize()  # type: ignore[union-attr]
-        times = {}
+        times: dict[str, float] = {}
         for (_, begin), (name, end) in zip(self._marks, self._marks[1:], strict=False):
-            if isinstance(begin, float):
-                span = (end - begin) * 1e3  # type: ignore[operator]
-            else:
-                span = begin.elapsed_time(end)
-            times[name] = times.get(name, 0.0) + span
+            times[name] = times.get(name, 0.0) + _span(begin, end)
         return times
+
+
+def _span(begin: Any, end: Any) -> float:
+    return (end - begin) * 1e3 if isinstance(begin, float) else begin.elapsed_time(end)

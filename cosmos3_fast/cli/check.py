@@ -18,12 +18,13 @@ from cosmos3_fast.request import Cosmos3ActionRequest, pixel_to_latent_shape
 
 CHUNK, STEPS, GUIDANCE, SIDE, SEED = 8, 2, 3.0, 256, 7
 DOMAIN, PROMPT = "bridge_orig_lerobot", "put the spoon on the towel"
-# Relative L2 after the loop. float32: the two differ by rounding alone. 16-bit: both are about this far from float32.
+# Relative L2 after the loop. float32: the two differ by rounding alone. 16-bit: both are about
+# this far from float32.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint, and where to run it. float32 is the sharp check; it needs 4 bytes a weight."""
+    """The checkpoint, and where to run it. float32 is the sharp check, at 4 bytes a weight."""
     parser.add_argument("checkpoint")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")

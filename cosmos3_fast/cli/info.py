@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from cosmos3_fast.vae import WanVAE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `run` that decide shapes; without --image a blank picture of --height x --width."""
+    """The flags of `run` that decide shapes; without --image a blank picture of height x width."""
     add_device_flags(parser)
     add_request_flags(parser)
     parser.add_argument("--image")
@@ -48,7 +49,8 @@ def main(args: argparse.Namespace) -> None:
         "canvas (HxW)": canvas,
         "video (frames, H, W)": processed.video_shape,
         "latents (t, h, w)": request.video_shape,
-        "tokens": f"{plan.layout.tokens} = {frames}x{rows}x{cols} video + {plan.layout.rows} action",
+        "tokens": f"{plan.layout.tokens} = {frames}x{rows}x{cols} video + "
+        f"{plan.layout.rows} action",
         "text tokens": ", ".join(str(len(ids)) for ids in plan.prompts),
         "prompt": processed.caption,
         f"sigmas ({schedule.name})": " ".join(f"{s:.6g}" for s in schedule.sigmas),
@@ -66,7 +68,7 @@ def _memory(
     """Bytes that a rank holds before any activation: weights, prompts' keys and values, state."""
     meta, config, args = torch.device("meta"), checkpoint.transformer, settings.args
     mesh = Mesh(meta, cfg_size=args.cfg, tp_size=args.tp)
-    place = {"device": meta, "dtype": settings.dtype}
+    place: dict[str, Any] = {"device": meta, "dtype": settings.dtype}
     weights = parameter_bytes(Cosmos3Transformer(config, mesh, **place))
     if checkpoint.vae is not None:
         weights += parameter_bytes(WanVAE(checkpoint.vae, mesh=mesh, **place))

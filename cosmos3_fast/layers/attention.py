@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -38,7 +40,7 @@ class Attention(nn.Module):
         width, kv_width = (
             n * self.dim for n in (config.num_attention_heads, config.num_key_value_heads)
         )
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         parts = {q: width, k: kv_width, v: kv_width}
         self.qkv = MergedColumnLinear(config.hidden_size, parts, mesh, **place)
         self.out = RowLinear(width, config.hidden_size, out, mesh, **place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,8 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, config: TransformerConfig, name: str, *, device: torch.device) -> None:
         super().__init__()
         self.scale = config.timestep_scale
-        hidden, place = config.hidden_size, {"device": device, "dtype": torch.float32}
+        hidden = config.hidden_size
+        place: dict[str, Any] = {"device": device, "dtype": torch.float32}
         self.first = ReplicatedLinear(SINUSOIDS, hidden, f"{name}.linear_1", **place)
         self.second = ReplicatedLinear(hidden, hidden, f"{name}.linear_2", **place)
 

@@ -22,7 +22,7 @@ def empty(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter
 
 
 def share(size: int, mesh: Mesh, what: str) -> int:
-    """This rank's part of `size` heads or columns; ValueError if the tp group does not divide it."""
+    """This rank's part of `size` heads or columns; ValueError if tp_size does not divide it."""
     if size % mesh.tp_size:
         raise ValueError(f"tp_size {mesh.tp_size} does not divide {what} {size}")
     return size // mesh.tp_size

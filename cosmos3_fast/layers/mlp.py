@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -26,7 +28,7 @@ class GatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         parts = {f"{name}.gate_proj": inner, f"{name}.up_proj": inner}
         self.gate_up = MergedColumnLinear(hidden, parts, mesh, **place)
         self.down = RowLinear(inner, hidden, f"{name}.down_proj", mesh, **place)

@@ -11,7 +11,7 @@ from cosmos3_fast.layers.linear import empty
 
 
 class RMSNorm(nn.Module):
-    """Normalise in float32, round, multiply by the weight [H] (rounded): MODEL.md's order in bf16."""
+    """Normalise in float32, round, multiply by the weight [H] (rounded): the order of MODEL.md."""
 
     def __init__(
         self, size: int, eps: float, name: str, *, device: torch.device, dtype: torch.dtype

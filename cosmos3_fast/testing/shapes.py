@@ -204,7 +204,10 @@ def _conv(name: str, inputs: int, outputs: int, *kernel: int) -> Shapes:
 
 
 def _resnet(name: str, inputs: int, outputs: int) -> Shapes:
-    shapes = {f"{name}.norm1.gamma": (inputs, 1, 1, 1), f"{name}.norm2.gamma": (outputs, 1, 1, 1)}
+    shapes: Shapes = {
+        f"{name}.norm1.gamma": (inputs, 1, 1, 1),
+        f"{name}.norm2.gamma": (outputs, 1, 1, 1),
+    }
     shapes |= _conv(f"{name}.conv1", inputs, outputs, 3, 3, 3)
     shapes |= _conv(f"{name}.conv2", outputs, outputs, 3, 3, 3)
     if inputs != outputs:
