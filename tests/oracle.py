@@ -88,7 +88,7 @@ class Result:
 @functools.cache
 def pipeline(folder: Path, dtype: torch.dtype) -> Cosmos3OmniPipeline:
     """The checkpoint as diffusers loads it, on the CPU, without its progress bars."""
-    pipe = Cosmos3OmniPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    pipe = Cosmos3OmniPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

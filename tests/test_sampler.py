@@ -7,8 +7,7 @@ from diffusers import UniPCMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosmos3_fast import sampler
-from cosmos3_fast.kernels import reference
+from cosmos3_fast import ops, sampler
 
 STEPS = (1, 2, 3, 4, 5, 30)
 NAMES = ("karras", "flow", "native")
@@ -76,7 +75,7 @@ def test_solver_is_diffusers_in_float64(name, steps, shift):
         velocity = torch.randn(2, size, dtype=torch.float64, generator=generator)
         guided = velocity[1] + 3.0 * (velocity[0] - velocity[1])
         want = theirs.step(guided[None, None], timestep, want[None, None])[0][0, 0]
-        reference.unipc_step(
+        ops.unipc_step(
             velocity, sample, last, before, before2, sample.clone(), noisy,
             coef, torch.tensor([i], dtype=torch.int32), model_in,
         )  # fmt: skip
