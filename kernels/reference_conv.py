@@ -58,11 +58,12 @@ def conv_input(
 
     The result is channels_last_3d. Inside stands prologue(x + bias), bias [C] the one that the
     convolution before left out:
-      "none"       x + bias; H' = H, W' = W
-      "norm_silu"  silu(x / max(||x||_2 over C, 1e-12) * sqrt(C) * gamma), gamma [C]; the norm in
-      float32, rounded to
-                   x.dtype before SiLU
-      "nearest2x"  every pixel four times; H' = 2 H, W' = 2 W
+
+        none       x + bias; H' = H, W' = W
+        norm_silu  silu(x / max(||x||_2 over C, 1e-12) * sqrt(C) * gamma), gamma [C];
+                   the norm in float32, rounded to x.dtype before SiLU
+        nearest2x  every pixel four times; H' = 2 H, W' = 2 W
+
     `history` zero frames stand in front. `pad` = (left, right, top, bottom) is zero, except along
     strip `axis` (3 = H, 4 = W), where `before` (top or left) and `after` (bottom or right), when
     given, fill it: the neighbours' edges after the prologue, [1, C, T, pad, W'] resp. [1, C, T, H',

@@ -23,12 +23,20 @@ from cosmos3_fast.kernels import (
     timestep_add,
     unipc_step,
 )
+from cosmos3_fast.kernels.online_softmax import Tile
 
 BF16, F32 = torch.bfloat16, torch.float32
 ROWS = {"S": 406, "E": 1966, "D": 3093, "2D": 6186}
 HIDDEN, INNER, DIM, QUERIES, KEYS, STEPS = 4096, 12288, 128, 32, 8, 4
 STATE = 9 * 33 * 40 * 48 + 33 * 64  # values of D's latents and actions
 CAPACITY = 256
+
+
+def attention_tma(*inputs, **how) -> torch.Tensor:
+    return att.attention_triton(*inputs, **how, tile=Tile(64, 64, 4, 3, tma=True))
+
+
+PATHS = (att.attention_triton, att.attention_cudnn, attention_tma)
 
 
 def random(*shape: int, dtype=BF16) -> torch.Tensor:
@@ -146,12 +154,11 @@ def check_unipc_step(branches: int, dtype: torch.dtype) -> None:
     guarded.check()
 
 
-def check_attention(batch: int, tokens: int, lengths: list[int], dtype: torch.dtype) -> None:
-    inputs = attention_inputs(batch, tokens, tokens, lengths, dtype=dtype)
+def check_attention(paths, tokens: int, lengths: list[int], dtype: torch.dtype) -> None:
+    inputs = attention_inputs(len(lengths), tokens, tokens, lengths, dtype=dtype)
     truth = host_attention(*double(*inputs[:5]), lengths)
     eager = host_attention(*inputs[:5], lengths)
-    paths = [att.attention_triton] + [att.attention_cudnn] * (dtype == BF16)
-    for path in paths:
+    for path in paths if dtype == BF16 else paths[:1]:
         guarded = Guarded("cuda")
         out = guarded(*inputs[0].shape, dtype=dtype, gap=DIM)
         path(*inputs, out=out)
@@ -187,7 +194,7 @@ def check_causal(tokens: int, dtype: torch.dtype) -> None:
     guarded.check()
 
 
-def checks() -> Iterator[tuple[str, Callable[[], None]]]:
+def checks(paths: tuple[Callable, ...]) -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype in (BF16, F32):
         kind = str(dtype).removeprefix("torch.")
         for size, rows in ROWS.items():
@@ -202,17 +209,18 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
             ("D", [160]),
             ("D", [256, 63]),
         ):
-            check = functools.partial(check_attention, len(lengths), ROWS[size], lengths, dtype)
+            check = functools.partial(check_attention, paths, ROWS[size], lengths, dtype)
             yield f"attention {size} und {lengths} {kind}", check
         for tokens in (1, 160, 1000, 4096):
             yield f"causal {tokens} {kind}", functools.partial(check_causal, tokens, dtype)
-    for path in (att.attention_triton, att.attention_cudnn):
+    for path in paths:
         yield f"replays {path.__name__}", functools.partial(check_replays, path)
 
 
-def run_checks() -> int:
+def run_checks(*, tma: bool) -> int:
+    """Number of failed checks, each of them printed."""
     failures = total = 0
-    for name, check in checks():
+    for name, check in checks(PATHS if tma else PATHS[:2]):
         total += 1
         try:
             check()
