@@ -8,7 +8,7 @@ from cosmos3_fast.testing.shapes import (
     transformer_shapes,
     vae_shapes,
 )
-from cosmos3_fast.testing.tiny import make_tiny_checkpoint
+from cosmos3_fast.testing.tiny import make_nano_folder, make_tiny_checkpoint
 
 __all__ = [
     "NANO_SCHEDULER",
