@@ -22,9 +22,8 @@ RIGHT_BOTTOM = (0, 1, 0, 1)
 class Pending(NamedTuple):
     """The activation x + bias, the addition left to whoever reads x next.
 
-    A pass over x for the bias alone costs what a norm does: 9 ms of a decode of D in all.
-
-    x [1, C, T, H, W]; bias [C] float32, or None for 0.
+    Passes over x for biases alone cost 9 ms of a decode of D. x [1, C, T, H, W]; bias [C] float32,
+    or None for 0.
     """
 
     x: torch.Tensor
@@ -86,6 +85,11 @@ class Stage(NamedTuple):
     def factors(self) -> tuple[int, int]:
         """(frames, height and width) by which the stage resamples."""
         return 1 + self.time, 1 + self.space
+
+
+def stage_frames(latents: int, time: int, first: bool) -> int:
+    """Frames of a group of latent frames at a stage with `time` frames a latent: frame 0 is one."""
+    return latents * time - (time - 1 if first else 0)
 
 
 def res_blocks(place: Place, stage: Stage, count: int) -> nn.ModuleList:

@@ -25,6 +25,7 @@ from cosmos3_fast.vae.blocks import (
     Stage,
     TimeConv,
     res_blocks,
+    stage_frames,
 )
 from cosmos3_fast.vae.strips import Flow
 
@@ -171,17 +172,20 @@ class Decoder(nn.Module):
             x = block(x, flow)
         return self.conv_out(x, flow, self.norm_out)
 
-    def sizes(self, frames: int, height: int, width: int) -> Iterator[tuple[int, int]]:
+    def sizes(
+        self, frames: int, height: int, width: int, *, first: bool
+    ) -> Iterator[tuple[int, int]]:
         """Elements of each large convolution's input, and of one frame of it that groups carry on.
 
-        For a group of `frames` latent frames of `height` x `width` latent pixels.
+        For a group of `frames` latent frames, with or without frame 0, of `height` x `width`
+        latent pixels.
         """
         time = scale = 1
         for stage in self.stages:
             plane = (height * scale + 2) * (width * scale + 2)
             for channels in (stage.into, *[stage.out] * (2 * self.blocks - 1)):
-                yield channels * plane * (frames * time + 2), channels * plane
+                yield channels * plane * (stage_frames(frames, time, first) + 2), channels * plane
             time, scale = time * stage.factors[0], scale * stage.factors[1]
             if stage.space:
                 plane = (height * scale + 2) * (width * scale + 2)
-                yield stage.out * plane * frames * time, 0
+                yield stage.out * plane * stage_frames(frames, time, first), 0

@@ -24,6 +24,7 @@ from cosmos3_fast.vae.blocks import (
     Stage,
     TimeConv,
     res_blocks,
+    stage_frames,
 )
 from cosmos3_fast.vae.strips import Flow
 
@@ -41,10 +42,8 @@ def patchify(pixels: torch.Tensor, patch: int) -> torch.Tensor:
 def average_down(x: torch.Tensor, out: int, time: int, space: int) -> torch.Tensor:
     """The down-shortcut: each output channel is the mean of its share of the cell's values.
 
-    Values are ordered channel, frame, row, column of the cell.
-
-    x [1, C, T, H, W] -> [1, out, ceil(T / time), H / space, W / space]; zero frames in front fill
-    up T.
+    Values are ordered channel, frame, row, column of the cell. x [1, C, T, H, W] -> [1, out, ceil(T
+    / time), H / space, W / space]; zero frames in front fill up T.
     """
     lead = -x.shape[2] % time
     rows = F.pad(x.movedim(1, -1), (0, 0, 0, 0, 0, 0, lead, 0)) if lead else x.movedim(1, -1)
@@ -127,14 +126,17 @@ class Encoder(nn.Module):
             x = block(x, flow)
         return self.conv_out(self.mid_block(x, flow), flow, self.norm_out)
 
-    def sizes(self, frames: int, height: int, width: int) -> Iterator[tuple[int, int]]:
+    def sizes(
+        self, frames: int, height: int, width: int, *, first: bool
+    ) -> Iterator[tuple[int, int]]:
         """Elements of each large convolution's input, and of one frame of it that groups carry on.
 
-        For a group of `frames` latent frames of `height` x `width` latent pixels.
+        For a group of `frames` latent frames, with or without frame 0, of `height` x `width`
+        latent pixels.
         """
         time, scale = 2 ** sum(stage.time for stage in self.stages), self.scale
         for stage in self.stages:
             plane = (height * scale + 2) * (width * scale + 2)
             for channels in (stage.into, *[stage.out] * (2 * self.blocks - 1)):
-                yield channels * plane * (frames * time + 2), channels * plane
+                yield channels * plane * (stage_frames(frames, time, first) + 2), channels * plane
             time, scale = time // stage.factors[0], scale // stage.factors[1]

@@ -26,8 +26,7 @@ LIVE_TENSORS = 6
 
 
 class WanVAE(nn.Module):
-    """Wan2.2's VAE with the API that the engine uses; parameters are uninitialised until `slots`
-    are filled.
+    """Wan2.2's VAE; its parameters are uninitialised until `slots` are filled.
 
     `dtype`: of weights and activations; latents, norms and pending biases are float32. `mesh`: the
     image is cut over all of its ranks, each of which calls with equal arguments; None is one rank.
@@ -74,16 +73,17 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels [1, 3, 1 + 4 k, 16 h, 16 w] in [-1, 1] -> normalised mean latents [1, z, 1 + k, h,
-        w] float32.
+        """pixels [1, 3, 1 + 4 k, 16 h, 16 w] -> latents [1, z, 1 + k, h, w] float32.
 
-        Latent frame i depends on the first 1 + 4 i pixel frames alone. The result is whole on every
-        rank. One frame runs 2-D convolutions with the last temporal tap: its history is zero.
-        ValueError for another shape.
+        Pixels lie in [-1, 1]; latents are the normalised means. Latent frame i depends on the first
+        1 + 4 i pixel frames alone. The result is whole on every rank. One frame runs 2-D
+        convolutions with the last temporal tap: its history is zero. ValueError for another shape.
         """
         time, space = self.config.scale_factor_temporal, self.config.scale_factor_spatial
         batch, channels, frames, height, width = _shape5(pixels, "pixels")
-        if batch != 1 or channels != 3 or frames % time != 1 or height % space or width % space:
+        empty = min(frames, height, width) < 1
+        ragged = (frames - 1) % time or height % space or width % space
+        if batch != 1 or channels != 3 or empty or ragged:
             raise ValueError(
                 f"pixels must be [1, 3, 1 + {time} k, {space} h, {space} w], "
                 f"got {list(pixels.shape)}"
@@ -91,7 +91,7 @@ class WanVAE(nn.Module):
         strips = Strips.plan(self.mesh, height // space, width // space)
         patches = patchify(pixels.to(self.dtype), self.config.patch_size)
         groups = self._groups(
-            self.encoder, strips, 1 + frames // time, height // space, width // space
+            self.encoder, strips, 1 + (frames - 1) // time, height // space, width // space
         )
         history: dict | None = {} if len(groups) > 1 else None
         parts = []
@@ -111,11 +111,11 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, *, gather: str = "all") -> torch.Tensor | None:
-        """Normalised latents [1, z, t, h, w] float32 -> pixels [1, 3, 1 + 4 (t - 1), 16 h, 16 w]
-        float32 in [0, 1].
+        """latents [1, z, t, h, w] -> pixels [1, 3, 1 + 4 (t - 1), 16 h, 16 w] float32.
 
-        `gather`: "all" gives the pixels on every rank, "rank0" on rank 0 and None elsewhere.
-        ValueError for another shape or a VAE without decoder.
+        Latents are normalised, float32; pixels lie in [0, 1]. `gather`: "all" gives the pixels on
+        every rank, "rank0" on rank 0 and None elsewhere. ValueError for another shape or a VAE
+        without decoder.
         """
         if self.decoder is None or self.post_quant_conv is None:
             raise ValueError("this VAE was built without its decoder")
@@ -164,8 +164,8 @@ class WanVAE(nn.Module):
         return list(itertools.pairwise(ends))
 
     def _fits(self, net: Encoder | Decoder, group: int, frames: int, rows: tuple[int, int]) -> bool:
-        """Whether `group` latent frames of a strip of size `rows` run in one pass."""
-        sizes = list(net.sizes(group, *rows))
+        """Whether any group of so many latent frames, of a strip of size `rows`, is one pass."""
+        sizes = list(net.sizes(group, *rows, first=group == frames))
         largest = max(elements for elements, _ in sizes)
         carried = 2 * sum(plane for _, plane in sizes) if group < frames else 0
         planned = (LIVE_TENSORS * largest + carried) * self.dtype.itemsize

@@ -1,16 +1,14 @@
-"""One strip of every activation per rank, and the frames that a pass over part of a clip carries
-on.
+"""One strip of every activation per rank, and what a pass over part of a clip carries on.
 
 The image is cut along one side, in whole latent rows (or columns), so strip borders stay aligned
-through every resampling: at a layer with `scale` pixels a latent row, rank r holds rows [starts[r]
-* scale, starts[r + 1] * scale). Every convolution gets its neighbours' true edge rows, so the
-result is that of one rank, up to rounding.
+through every resampling: with `scale` pixels a latent row, a rank of n rows holds n * scale. Every
+convolution gets its neighbours' true edge rows, so the result is that of one rank, up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -80,15 +78,15 @@ class Strips:
         """`ops.conv_input` of this rank's strip [1, C, T, H, W] with the neighbours' edges."""
         before = after = None
         if self.holders > 1:
-            first, last = self._pad_sides(pad)
+            low, high = pad[2:] if self.axis == 3 else pad[:2]
             edges = ops.conv_edges(
                 x,
                 prologue=prologue,
                 gamma=gamma,
                 bias=bias,
                 axis=self.axis,
-                before=last,
-                after=first,
+                before=high,
+                after=low,
             )
             before, after = self.mesh.exchange_edges(*edges, among=self.holders)
         return ops.conv_input(
@@ -114,10 +112,6 @@ class Strips:
         kept = [part.narrow(dim, 0, n * scale) for part, n in zip(parts, self.sizes, strict=True)]
         return torch.cat(kept, dim).movedim(-1, 1)
 
-    def _pad_sides(self, pad: Padding) -> tuple[int, int]:
-        left, right, top, bottom = pad
-        return (top, bottom) if self.axis == 3 else (left, right)
-
 
 @dataclass
 class Flow:
@@ -129,7 +123,7 @@ class Flow:
 
     strips: Strips
     first: bool = True
-    history: dict[Hashable, torch.Tensor] | None = field(default=None)
+    history: dict[Hashable, torch.Tensor] | None = None
 
     @property
     def at_once(self) -> bool:
