@@ -1,0 +1,333 @@
+// The halo convolution's input on the CPU, and the bindings of both: same arguments, same geometry
+// (halo.h), same exchange, the slots of "ranks" being buffers of one process. device = -1 selects
+// the CPU.
+#include "halo.h"
+
+#include <array>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <thread>
+
+#include "bindings.h"
+#include "common.h"
+
+namespace cosmos3::halo {
+namespace {
+
+float bits_to_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+struct Bfloat16 {
+    uint16_t bits;
+    float widen() const { return bits_to_float(uint32_t(bits) << 16); }
+    static Bfloat16 narrow(float value) {
+        const uint32_t raw = float_to_bits(value);
+        if (std::isnan(value)) return {uint16_t(raw >> 16 | 0x40)};
+        return {uint16_t((raw + 0x7fff + (raw >> 16 & 1)) >> 16)};
+    }
+};
+
+struct Float16 {
+    uint16_t bits;
+    float widen() const {
+        const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31;
+        const uint32_t mantissa = bits & 1023;
+        if (exponent == 31) return bits_to_float(sign | 0x7f800000 | mantissa << 13);
+        if (exponent == 0) return (sign ? -1.0f : 1.0f) * float(mantissa) * 0x1p-24f;
+        return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
+    }
+    static Float16 narrow(float value) {
+        const uint16_t sign = float_to_bits(value) >> 16 & 0x8000;
+        const float size = std::fabs(value);
+        if (std::isnan(value)) return {uint16_t(sign | 0x7e00)};
+        if (size >= 65520.0f) return {uint16_t(sign | 0x7c00)};
+        // Adding the float whose last place is the wanted one rounds to nearest even.
+        if (size < 0x1p-14f)
+            return {uint16_t(sign | (float_to_bits(size + 0.5f) - float_to_bits(0.5f)))};
+        const uint32_t raw = float_to_bits(size);
+        return {uint16_t(sign | (((raw + 0xfff + (raw >> 13 & 1)) >> 13) - (112 << 10)))};
+    }
+};
+
+struct Float32 {
+    float value;
+    float widen() const { return value; }
+    static Float32 narrow(float value) { return {value}; }
+};
+
+// 32 partial sums and a tree, as a warp adds.
+template <typename T>
+float sum_squares(const T* x, const float* bias, int channels) {
+    float partial[32] = {};
+    for (int c = 0; c < channels; ++c) {
+        const float value = x[c].widen() + (bias ? bias[c] : 0.0f);
+        partial[c % 32] += value * value;
+    }
+    for (int step = 16; step > 0; step /= 2)
+        for (int i = 0; i < step; ++i) partial[i] += partial[i + step];
+    return partial[0];
+}
+
+template <typename T>
+void compute(const Write& write, const T* x, T* result) {
+    const int channels = write.plan.channels;
+    const float *bias = write.bias, *gamma = write.gamma;
+    float scale = 0.0f;
+    if (write.prologue == kNormSilu) {
+        const float norm = std::sqrt(sum_squares(x, bias, channels));
+        scale = std::sqrt(float(channels)) / (norm < kNormEps ? kNormEps : norm);
+    }
+    for (int c = 0; c < channels; ++c) {
+        float value = x[c].widen() + (bias ? bias[c] : 0.0f);
+        if (write.prologue == kNormSilu) {
+            value = T::narrow(value * scale * gamma[c]).widen();
+            value = value / (1.0f + std::exp(-value));
+        }
+        result[c] = bias || write.prologue == kNormSilu ? T::narrow(value) : x[c];
+    }
+}
+
+template <typename T>
+void copy_place(void* base, int64_t place, const T* from, int channels) {
+    T* to = static_cast<T*>(base) + place * channels;
+    if (from == nullptr)
+        std::memset(static_cast<void*>(to), 0, sizeof(T) * channels);
+    else
+        std::memcpy(static_cast<void*>(to), from, sizeof(T) * channels);
+}
+
+template <typename T>
+void write_cell(const Write& write, const Cell& cell, char* const (&slot)[2], T* result) {
+    const Plan& plan = write.plan;
+    const bool padding = is_padding(plan, cell);
+    if (!padding)
+        compute(write, static_cast<const T*>(write.x) + source_place(plan, cell) * plan.channels,
+                result);
+    for (int row = cell.y.out; row < cell.y.out + cell.y.count; ++row) {
+        for (int column = cell.x.out; column < cell.x.out + cell.x.count; ++column) {
+            const T* from = result;
+            if (padding) {
+                const Borrowed borrowed = borrow(write, cell.frame, row, column);
+                from = static_cast<const T*>(borrowed.from);
+                if (from) from += borrowed.place * plan.channels;
+            }
+            copy_place(write.out, out_place(plan, cell.frame, row, column), from, plan.channels);
+            for (int side = kBefore; side <= kAfter && !padding; ++side) {
+                if (slot[side] == nullptr) continue;
+                const int64_t to = sent_place(plan, Side(side), cell.frame, row, column);
+                if (to >= 0) copy_place(slot[side], to, result, plan.channels);
+            }
+        }
+    }
+}
+
+template <typename T>
+void write_cells(const Write& write) {
+    const uint32_t epoch = write.link.state ? write.link.state->epoch + 1 : 0;
+    char* const slot[2] = {sent_slot(write.link, kBefore, epoch),
+                           sent_slot(write.link, kAfter, epoch)};
+    std::string result(sizeof(T) * write.plan.channels, '\0');
+    for (int64_t i = 0; i < write.plan.cells(); ++i)
+        write_cell(write, locate(write.plan, uint32_t(i)), slot, reinterpret_cast<T*>(&result[0]));
+    for (int side = kBefore; side <= kAfter && write.link.state; ++side) {
+        if (write.link.peer[side] == nullptr) continue;
+        uint32_t* to =
+            flag(write.link.peer[side], side == kBefore ? kAfter : kBefore, write.link.slot_bytes);
+        __atomic_store_n(to, epoch, __ATOMIC_RELEASE);
+    }
+}
+
+bool arrived(const Wait& wait, Side side, uint32_t epoch) {
+    using std::chrono::steady_clock;
+    if (!wait.from[side]) return true;
+    const auto start = steady_clock::now();
+    const uint32_t* theirs = flag(wait.slots, side, wait.slot_bytes);
+    while (int32_t(__atomic_load_n(theirs, __ATOMIC_ACQUIRE) - epoch) < 0) {
+        if (wait.state->error == 0 &&
+            steady_clock::now() - start <= std::chrono::nanoseconds(wait.deadline_ns)) {
+            std::this_thread::yield();
+            continue;
+        }
+        if (wait.state->error == 0) {
+            wait.state->error = 1u << side;
+            wait.state->error_epoch = epoch;
+        }
+        return false;
+    }
+    return true;
+}
+
+std::string text(int64_t number) { return std::to_string(number); }
+
+void check_plan(const Plan& plan) {
+    COSMOS3_CHECK(plan.channels > 0 && plan.frames > 0 && plan.height > 0 && plan.width > 0,
+                  "x must not be empty, got C, T, H, W = " + text(plan.channels) + ", " +
+                      text(plan.frames) + ", " + text(plan.height) + ", " + text(plan.width));
+    COSMOS3_CHECK(
+        plan.history >= 0 && plan.left >= 0 && plan.right >= 0 && plan.top >= 0 && plan.bottom >= 0,
+        "history and padding must not be negative");
+    COSMOS3_CHECK(plan.axis == 0 || plan.axis == 3 || plan.axis == 4,
+                  "strip axis must be 3, 4 or 0 (none), got " + text(plan.axis));
+    const int widest =
+        plan.border(kBefore) > plan.border(kAfter) ? plan.border(kBefore) : plan.border(kAfter);
+    COSMOS3_CHECK(plan.axis == 0 || widest <= plan.extent(),
+                  "a strip of " + text(plan.extent()) + " cannot give an edge of " + text(widest));
+    const int64_t places = int64_t(plan.history + plan.frames) * plan.rows() * plan.columns();
+    COSMOS3_CHECK(places < int64_t(1) << 31, text(places) + " places are 2^31 or more");
+}
+
+void check_slots(const Plan& plan, int element_bytes, int64_t slot_bytes) {
+    for (int side = kBefore; side <= kAfter; ++side) {
+        const int64_t bytes = plan.edge_places(Side(side)) * plan.channels * element_bytes;
+        COSMOS3_CHECK(bytes <= slot_bytes, "an edge of " + text(bytes) +
+                                               " bytes does not fit slots of " + text(slot_bytes));
+    }
+    COSMOS3_CHECK(slot_bytes % 16 == 0,
+                  "slot_bytes must be a multiple of 16, got " + text(slot_bytes));
+}
+
+Plan make_plan(int prologue, const std::array<int, 4>& shape, int history,
+               const std::array<int, 4>& pad, int axis) {
+    COSMOS3_CHECK(prologue >= kNone && prologue <= kNearest2x,
+                  "prologue must be 0, 1 or 2, got " + text(prologue));
+    const Plan plan = {shape[0], shape[1], shape[2], shape[3], prologue == kNearest2x ? 2 : 1,
+                       history,  pad[0],   pad[1],   pad[2],   pad[3],
+                       axis};
+    check_plan(plan);
+    return plan;
+}
+
+int bytes_of(int dtype) {
+    COSMOS3_CHECK(dtype >= kFloat32 && dtype <= kBfloat16,
+                  "dtype must be 0, 1 or 2, got " + text(dtype));
+    return dtype == kFloat32 ? 4 : 2;
+}
+
+template <typename T>
+T* at(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void halo_write(std::uintptr_t x, std::uintptr_t out, std::uintptr_t gamma, std::uintptr_t bias,
+                std::uintptr_t past, std::uintptr_t before, std::uintptr_t after, int dtype,
+                int prologue, int channels, int frames, int height, int width, int history,
+                int left, int right, int top, int bottom, int axis, std::uintptr_t peer_before,
+                std::uintptr_t peer_after, int64_t slot_bytes, std::uintptr_t state, int device,
+                [[maybe_unused]] std::uintptr_t stream) {
+    const Plan plan = make_plan(prologue, {channels, frames, height, width}, history,
+                                {left, right, top, bottom}, axis);
+    COSMOS3_CHECK(x && out, "x and out must not be null");
+    COSMOS3_CHECK((prologue == kNormSilu) == (gamma != 0),
+                  "gamma goes with norm_silu, and only with it");
+    COSMOS3_CHECK(state || (!peer_before && !peer_after), "neighbours need a state");
+    COSMOS3_CHECK(peer_before % 16 == 0 && peer_after % 16 == 0,
+                  "slots must be aligned to 16 bytes");
+    const int element_bytes = bytes_of(dtype);
+    if (state) check_slots(plan, element_bytes, slot_bytes);
+    const Write write = {
+        plan,
+        dtype,
+        prologue,
+        at<const float>(gamma),
+        at<const float>(bias),
+        at<const void>(x),
+        at<const void>(past),
+        {at<const void>(before), at<const void>(after)},
+        at<void>(out),
+        {{at<char>(peer_before), at<char>(peer_after)}, slot_bytes, at<State>(state)},
+    };
+    if (device < 0) return write_cpu(write);
+#ifdef COSMOS3_CUDA
+    write_cuda(write, device, stream);
+#else
+    COSMOS3_CHECK(false,
+                  "device " + text(device) + " asked for, but this build has no CUDA kernels");
+#endif
+}
+
+void halo_wait(std::uintptr_t out, int dtype, int prologue, int channels, int frames, int height,
+               int width, int history, int left, int right, int top, int bottom, int axis,
+               std::uintptr_t slots, int64_t slot_bytes, bool from_before, bool from_after,
+               std::uintptr_t state, int64_t deadline_ns, int device,
+               [[maybe_unused]] std::uintptr_t stream) {
+    const Plan plan = make_plan(prologue, {channels, frames, height, width}, history,
+                                {left, right, top, bottom}, axis);
+    COSMOS3_CHECK(out && slots && state, "out, slots and state must not be null");
+    COSMOS3_CHECK(slots % 16 == 0, "slots must be aligned to 16 bytes");
+    COSMOS3_CHECK(deadline_ns >= 0, "deadline_ns must not be negative, got " + text(deadline_ns));
+    const int element_bytes = bytes_of(dtype);
+    check_slots(plan, element_bytes, slot_bytes);
+    const Wait wait = {plan,
+                       element_bytes,
+                       at<void>(out),
+                       at<char>(slots),
+                       {from_before, from_after},
+                       slot_bytes,
+                       at<State>(state),
+                       uint64_t(deadline_ns)};
+    if (device < 0) return wait_cpu(wait);
+#ifdef COSMOS3_CUDA
+    wait_cuda(wait, device, stream);
+#else
+    COSMOS3_CHECK(false,
+                  "device " + text(device) + " asked for, but this build has no CUDA kernels");
+#endif
+}
+
+}  // namespace
+
+void write_cpu(const Write& write) {
+    if (write.dtype == kFloat32) return write_cells<Float32>(write);
+    if (write.dtype == kFloat16) return write_cells<Float16>(write);
+    write_cells<Bfloat16>(write);
+}
+
+void wait_cpu(const Wait& wait) {
+    const uint32_t epoch = wait.state->epoch + 1;
+    const bool before = arrived(wait, kBefore, epoch), after = arrived(wait, kAfter, epoch);
+    const int64_t bytes = int64_t(wait.plan.channels) * wait.element_bytes;
+    for (int side = kBefore; side <= kAfter && before && after; ++side) {
+        if (!wait.from[side]) continue;
+        const char* slot = wait.slots + slot_offset(Side(side), epoch, wait.slot_bytes);
+        for (int64_t i = 0; i < wait.plan.edge_places(Side(side)); ++i)
+            std::memcpy(static_cast<char*>(wait.out) +
+                            fill_place(wait.plan, Side(side), uint32_t(i)) * bytes,
+                        slot + i * bytes, size_t(bytes));
+    }
+    wait.state->epoch = epoch;
+}
+
+}  // namespace cosmos3::halo
+
+void bind_halo(pybind11::module_& module) {
+    namespace py = pybind11;
+    using namespace cosmos3::halo;
+    module.def("halo_write", &halo_write, py::kw_only(), py::arg("x"), py::arg("out"),
+               py::arg("gamma") = 0, py::arg("bias") = 0, py::arg("past") = 0,
+               py::arg("before") = 0, py::arg("after") = 0, py::arg("dtype"), py::arg("prologue"),
+               py::arg("channels"), py::arg("frames"), py::arg("height"), py::arg("width"),
+               py::arg("history"), py::arg("left"), py::arg("right"), py::arg("top"),
+               py::arg("bottom"), py::arg("axis"), py::arg("peer_before") = 0,
+               py::arg("peer_after") = 0, py::arg("slot_bytes") = 0, py::arg("state") = 0,
+               py::arg("device"), py::arg("stream") = 0, py::call_guard<py::gil_scoped_release>());
+    module.def("halo_wait", &halo_wait, py::kw_only(), py::arg("out"), py::arg("dtype"),
+               py::arg("prologue"), py::arg("channels"), py::arg("frames"), py::arg("height"),
+               py::arg("width"), py::arg("history"), py::arg("left"), py::arg("right"),
+               py::arg("top"), py::arg("bottom"), py::arg("axis"), py::arg("slots"),
+               py::arg("slot_bytes"), py::arg("from_before"), py::arg("from_after"),
+               py::arg("state"), py::arg("deadline_ns"), py::arg("device"), py::arg("stream") = 0,
+               py::call_guard<py::gil_scoped_release>());
+    module.def("halo_buffer_bytes", &buffer_bytes, py::arg("slot_bytes"));
+    module.attr("HALO_STATE_BYTES") = sizeof(State);
+}
