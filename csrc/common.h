@@ -1,4 +1,5 @@
-// The two checks of the extension and the one exception they raise; Python sees it as RuntimeError.
+// The extension's two checks, the one exception they raise (Python: RuntimeError), and the guard of
+// the current device.
 #pragma once
 
 #include <cstdint>
@@ -32,4 +33,26 @@ public:
         COSMOS3_CHECK(status_ == cudaSuccess,                                   \
                       std::string(#call) + ": " + cudaGetErrorString(status_)); \
     } while (0)
+
+namespace cosmos3 {
+
+// Makes `device` current within a scope. The driver's current context belongs to the whole thread,
+// torch's included: leaving another device current would send torch's next kernel there.
+class DeviceGuard {
+public:
+    explicit DeviceGuard(int device) : device_(device) {
+        COSMOS3_CUDA_CHECK(cudaGetDevice(&before_));
+        if (before_ != device_) COSMOS3_CUDA_CHECK(cudaSetDevice(device_));
+    }
+    ~DeviceGuard() {
+        if (before_ != device_) cudaSetDevice(before_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+private:
+    int device_, before_ = 0;
+};
+
+}  // namespace cosmos3
 #endif

@@ -42,7 +42,7 @@ int blocks(std::int64_t items) {
 
 void to_tensor_cuda(std::uintptr_t frames, std::uintptr_t out, std::int64_t count, int device,
                     std::uintptr_t stream) {
-    COSMOS3_CUDA_CHECK(cudaSetDevice(device));
+    const DeviceGuard guard(device);
     const auto queue = reinterpret_cast<cudaStream_t>(stream);
     const bool aligned = frames % sizeof(uchar4) == 0 && out % sizeof(float4) == 0;
     const std::int64_t groups = aligned ? count / 4 : 0, rest = count - 4 * groups;
