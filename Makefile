@@ -13,11 +13,12 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
 .PHONY: venv demo test lint types wheel gpu bench format clean
 
+# Without --no-compile pip compiles all of torch and transformers, of which little is imported.
 venv: $(STAMP)
 
 $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(CPP)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test,dev]'
 	touch $@
 
 demo: venv
