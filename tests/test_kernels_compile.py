@@ -22,8 +22,10 @@ KERNELS = (
     "qk_norm_rope-tp4",
     "attention",
     "attention-tma",
+    "attention-float32",
     "attention_continue",
     "causal_attention",
+    "causal_attention-float32",
     "silu_mul",
     "timestep_add",
     "unipc_step-1-branch",
@@ -33,7 +35,7 @@ SHARED_LIMIT = 227 * 1024  # bytes a block may use on sm_90
 
 
 def settings(name: str):
-    """(kernel, types of the arguments that are neither *bf16 nor i32, constants, warps)."""
+    """(kernel, types of arguments neither pointers to its dtype nor i32, constants, warps)."""
     from cosmos3_fast.kernels import (
         attention,
         causal_attention,
@@ -72,7 +74,7 @@ def settings(name: str):
         "attention_continue": attention.CONTINUE_TILES,
         "causal_attention": causal_attention.TILES,
     }
-    tile = tables[op][2]._replace(tma=variant == "tma")
+    tile = tables[op][4 if variant == "float32" else 2]._replace(tma=variant == "tma")
     constants = {"GROUP": 4, "DIM": 128}
     constants |= {"ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.stages}
     if op == "causal_attention":
@@ -94,12 +96,13 @@ def compile_for_h100(name: str) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
 
     kernel, types, constants, warps = settings(name)
-    signature = {x: "*bf16" if x.endswith("_ptr") else "i32" for x in kernel.arg_names}
+    floats = "*fp32" if name.endswith("float32") else "*bf16"
+    signature = {x: floats if x.endswith("_ptr") else "i32" for x in kernel.arg_names}
     signature |= types | dict.fromkeys(constants, "constexpr")
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, x in enumerate(kernel.arg_names)
-        if x.endswith(("_ptr", "_row", "_batch", "_stride"))
+        if x.endswith(("_ptr", "_row", "_batch", "_stride", "width", "size"))
     }
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", 90, 32)
