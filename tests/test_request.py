@@ -1,0 +1,260 @@
+"""The request's checks, one by one, and the token layout that follows from it."""
+
+import dataclasses
+
+import pytest
+import torch
+from engine_fixtures import ids, noise, request
+
+from cosmos3_fast.config import TransformerConfig
+from cosmos3_fast.request import (
+    Layout,
+    check,
+    clean_frames,
+    layout,
+    pixel_to_latent_shape,
+    prompt_ids,
+)
+
+CONFIG = TransformerConfig(vocab_size=600)
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("pixels", "latents"),
+    [
+        ((17, 480, 832), (5, 30, 52)),
+        ((33, 528, 640), (9, 33, 40)),
+        ((33, 540, 640), (9, 33, 40)),
+        ((1, 480, 832), (1, 30, 52)),
+        ((2, 15, 1), (1, 1, 1)),
+        ((5, 16, 31), (2, 1, 1)),
+    ],
+    ids=str,
+)
+def test_latent_shape_of_pixels(pixels, latents):
+    assert pixel_to_latent_shape(*pixels) == latents
+
+
+@pytest.mark.parametrize("pixels", [(0, 16, 16), (1, 0, 16), (1, 16, -1)], ids=str)
+def test_no_pixels_no_shape(pixels):
+    with pytest.raises(ValueError, match="at least one frame and one pixel, got"):
+        pixel_to_latent_shape(*pixels)
+
+
+GOOD = {
+    "policy": {},
+    "pixels": {"cond_video_latents": None, "cond_video_pixels": noise(1, 3, 1, 80, 96)},
+    "uint8 pixels": {
+        "cond_video_latents": None,
+        "cond_video_pixels": torch.zeros(1, 3, 1, 80, 96, dtype=torch.uint8),
+    },
+    "pixels larger than the shape": {
+        "cond_video_latents": None,
+        "cond_video_pixels": noise(1, 3, 9, 96, 112),
+    },
+    "latents larger than the shape": {"cond_video_latents": noise(1, 48, 3, 7, 6)},
+    "latents that stop after the clean frame": {"cond_video_latents": noise(1, 48, 1, 5, 6)},
+    "bf16 latents": {"cond_video_latents": noise(1, 48, 2, 5, 6).bfloat16()},
+    "no clean frame": {"cond_frame_indexes": [], "cond_video_latents": None},
+    "one latent frame": {"video_shape": (1, 5, 6), "cond_video_latents": noise(1, 48, 1, 5, 6)},
+    "chunk 1": {
+        "action_chunk": 1,
+        "video_shape": (1, 5, 6),
+        "cond_video_latents": noise(1, 48, 1, 5, 6),
+    },
+    "unconditional prompt not needed": {"guidance_scale": 1.0, "neg_text_ids": None},
+    "interval": {"guidance_interval": (0, 1000)},
+    "state rows": {"clean_action": noise(1, 3, 10), "action_frame_offset": -2},
+    "int32 ids": {"text": ids(5).int()},
+    "largest seed": {"seed": 2**32 - 1},
+}
+
+
+@pytest.mark.parametrize("changes", GOOD.values(), ids=GOOD)
+def test_good_requests_pass(changes):
+    check(request(**changes), CONFIG, has_encoder=True)
+
+
+FORWARD = {"mode": "forward_dynamics"}
+PIXELS = {"cond_video_latents": None}
+BAD = {
+    "mode": ({"mode": "plan"}, "mode must be one of .*policy.*got 'plan'"),
+    "no steps": ({"num_inference_steps": 0}, "num_inference_steps must be a positive .* got 0"),
+    "half a step": ({"num_inference_steps": 2.5}, "num_inference_steps must be .* got 2.5"),
+    "true steps": ({"num_inference_steps": True}, "num_inference_steps must be .* got True"),
+    "seed": ({"seed": -1}, r"seed must be an integer in \[0, 2\*\*32\), got -1"),
+    "large seed": ({"seed": 2**32}, "seed must be an integer .* got 4294967296"),
+    "guidance": ({"guidance_scale": NAN}, "guidance_scale must be finite, got nan"),
+    "fps 0": ({"fps": 0.0}, "fps must be positive and finite, got 0.0"),
+    "fps inf": ({"fps": float("inf")}, "fps must be positive and finite, got inf"),
+    "domain": ({"domain_id": 32}, r"domain_id must lie in \[0, 32\), got 32"),
+    "domain name": ({"domain_id": "av"}, r"domain_id must lie in \[0, 32\), got av"),
+    "empty interval": ({"guidance_interval": (5, 5)}, r"\(lo, hi\) with lo < hi, got \(5, 5\)"),
+    "nan interval": ({"guidance_interval": (NAN, 5)}, r"\(lo, hi\) with lo < hi, got \(nan, 5\)"),
+    "long interval": ({"guidance_interval": (1, 2, 3)}, r"got \(1, 2, 3\)"),
+    "chunk 6": ({"action_chunk": 6}, "action_chunk must be 1 or a multiple of 4, got 6"),
+    "chunk 0": ({"action_chunk": 0}, "action_chunk must be 1 or a multiple of 4, got 0"),
+    "flat shape": ({"video_shape": (5, 6)}, r"three positive integers .* got \(5, 6\)"),
+    "empty shape": ({"video_shape": (2, 0, 6)}, r"three positive integers .* got \(2, 0, 6\)"),
+    "frames": (
+        {"video_shape": (3, 5, 6)},
+        r"3 latent frames; action_chunk 4 needs 2 \(or 1\)",
+    ),
+    "clean frame": (
+        {"cond_frame_indexes": (0, 2)},
+        r"cond_frame_indexes must lie in \[0, 2\) .*got \(0, 2\)",
+    ),
+    "negative frame": ({"cond_frame_indexes": (-1,)}, r"must lie in \[0, 2\) .*got \(-1,\)"),
+    "no video": (
+        {"cond_video_latents": None},
+        r"clean frames \(0,\) need cond_video_latents or cond_video_pixels; neither came",
+    ),
+    "latent height": (
+        {"cond_video_latents": noise(1, 48, 2, 4, 6)},
+        r"cond_video_latents must be \[1, 48, 1, 5, 6\] .* got \[1, 48, 2, 4, 6\]",
+    ),
+    "latent channels": ({"cond_video_latents": noise(1, 16, 2, 5, 6)}, r"got \[1, 16, 2, 5, 6\]"),
+    "latent axes": ({"cond_video_latents": noise(48, 2, 5, 6)}, r"got \[48, 2, 5, 6\]"),
+    "too few latent frames": (
+        {"mode": "inverse_dynamics", "cond_video_latents": noise(1, 48, 1, 5, 6)},
+        r"must be \[1, 48, 2, 5, 6\] .* got \[1, 48, 1, 5, 6\]",
+    ),
+    "nan latents": (
+        {"cond_video_latents": torch.full((1, 48, 2, 5, 6), NAN)},
+        "cond_video_latents holds values that are not finite",
+    ),
+    "integer latents": (
+        {"cond_video_latents": torch.zeros(1, 48, 2, 5, 6, dtype=torch.int64)},
+        "cond_video_latents must hold floating-point numbers, got torch.int64",
+    ),
+    "pixel axes": (
+        PIXELS | {"cond_video_pixels": noise(3, 1, 80, 96)},
+        r"cond_video_pixels must be \[1, 3, T, H, W\], got \[3, 1, 80, 96\]",
+    ),
+    "grey pixels": (PIXELS | {"cond_video_pixels": noise(1, 1, 1, 80, 96)}, r"got \[1, 1, 1, 80"),
+    "few frames": (
+        PIXELS | {"mode": "inverse_dynamics", "cond_video_pixels": noise(1, 3, 4, 80, 96)},
+        "cond_video_pixels need 5 frames for clean latent frame 1, got 4",
+    ),
+    "ragged pixels": (
+        PIXELS | {"cond_video_pixels": noise(1, 3, 1, 81, 96)},
+        "must be a multiple of 16 high and wide, got 81x96",
+    ),
+    "small pixels": (
+        PIXELS | {"cond_video_pixels": noise(1, 3, 1, 64, 96)},
+        r"64x96 give 4x6 latents, fewer than video_shape \(2, 5, 6\)",
+    ),
+    "inf pixels": (
+        PIXELS | {"cond_video_pixels": torch.full((1, 3, 1, 80, 96), float("inf"))},
+        "cond_video_pixels holds values that are not finite",
+    ),
+    "action_dim": ({"action_dim": 32}, "action_dim must be the model's 64, got 32"),
+    "raw 0": ({"raw_action_dim": 0}, r"raw_action_dim must lie in \[1, 64\], got 0"),
+    "raw 65": ({"raw_action_dim": 65}, r"raw_action_dim must lie in \[1, 64\], got 65"),
+    "no actions": (FORWARD, r"forward_dynamics needs cond_action \[1, 4, 64\]; none came"),
+    "narrow actions": (
+        FORWARD | {"cond_action": noise(1, 4, 10)},
+        r"cond_action must be \[1, 4, 64\], got \[1, 4, 10\]",
+    ),
+    "nan actions": (
+        FORWARD | {"cond_action": torch.full((1, 4, 64), NAN)},
+        "cond_action holds values that are not finite",
+    ),
+    "wide state": (
+        {"clean_action": noise(1, 1, 11)},
+        r"clean_action must be \[1, r, 10\], got \[1, 1, 11\]",
+    ),
+    "flat state": ({"clean_action": noise(1, 10)}, r"clean_action must be \[1, r, 10\]"),
+    "nan state": ({"clean_action": torch.full((1, 1, 10), NAN)}, "clean_action holds values that"),
+    "half offset": ({"action_frame_offset": 0.5}, "action_frame_offset must be an integer, got 0"),
+    "long prompt": ({"text": ids(4097)}, "text_ids must hold 1 to 4096 tokens, got 4097"),
+    "empty prompt": ({"text": ids(0)}, "text_ids must hold 1 to 4096 tokens, got 0"),
+    "vocabulary": (
+        {"text": torch.tensor([[3, 600]])},
+        r"text_ids must lie in \[0, 600\), got 3 to 600",
+    ),
+    "negative id": ({"text": torch.tensor([[-1, 5]])}, r"\[0, 600\), got -1 to 5"),
+    "negative prompt": ({"negative": torch.tensor([[999]])}, "neg_text_ids must lie in"),
+    "two prompts": ({"text": ids(6).view(2, 3)}, "text_ids: batch size must be 1, got 2"),
+    "float ids": ({"text": torch.ones(1, 3)}, "text_ids must hold integers, got torch.float32"),
+    "bool ids": ({"text": torch.ones(1, 3).bool()}, "text_ids must hold integers, got torch.bool"),
+    "flat ids": ({"text": ids(3)[0]}, r"both be \[1, n\], got \[3\] and \[3\]"),
+    "mask shape": (
+        {"text_mask": torch.ones(1, 3)},
+        r"text_ids and its mask must both be \[1, n\], got \[1, 19\] and \[1, 3\]",
+    ),
+    "mask hole": (
+        {"text": ids(3), "text_mask": torch.tensor([[1, 0, 1]])},
+        "text_ids: zeros of the mask may only be a tail",
+    ),
+    "all masked": ({"text_mask": torch.zeros(1, 19)}, "text_ids must hold 1 to 4096 tokens, got 0"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
+def test_bad_requests_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check(request(**changes), CONFIG, has_encoder=True)
+
+
+def test_pixels_need_the_encoder():
+    asked = request(cond_video_latents=None, cond_video_pixels=noise(1, 3, 1, 80, 96))
+    with pytest.raises(ValueError, match="cond_video_pixels need the checkpoint's vae/"):
+        check(asked, CONFIG, has_encoder=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+def test_the_masked_tail_is_cut(dtype):
+    mask = torch.tensor([[1, 1, 1, 0, 0]]).to(dtype)
+    assert prompt_ids(torch.tensor([[7, 8, 9, 599, -5]]), mask, "text_ids", 600) == [7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("changes", "frames"),
+    [
+        ({}, (0,)),
+        ({"mode": "forward_dynamics"}, (0,)),
+        ({"mode": "inverse_dynamics"}, (0, 1)),
+        ({"mode": "inverse_dynamics", "cond_frame_indexes": (1,)}, (1,)),
+        ({"cond_frame_indexes": [1, 0, 1]}, (0, 1)),
+        ({"cond_frame_indexes": torch.tensor([0, 1])}, (0, 1)),
+        ({"cond_frame_indexes": ()}, ()),
+    ],
+    ids=str,
+)
+def test_clean_frames_of_a_mode(changes, frames):
+    assert clean_frames(request(**changes)) == frames
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"rows": 4, "clean_rows": 0, "dropped_rows": 0, "offset": 1}),
+        ({"mode": "forward_dynamics"}, {"rows": 4, "clean_rows": 4, "dropped_rows": 0}),
+        (
+            {"clean_action": noise(1, 1, 10)},
+            {"rows": 5, "clean_rows": 1, "dropped_rows": 1, "offset": 0},
+        ),
+        (
+            {"clean_action": noise(1, 3, 10), "mode": "forward_dynamics"},
+            {"rows": 7, "clean_rows": 7, "dropped_rows": 3, "offset": -2},
+        ),
+        (
+            {"clean_action": noise(1, 1, 10), "action_frame_offset": 5},
+            {"rows": 5, "offset": 5},
+        ),
+    ],
+    ids=["policy", "forward", "state row", "state rows in forward", "offset"],
+)
+def test_rows_of_a_layout(changes, expected):
+    got = dataclasses.asdict(layout(request(**changes), CONFIG))
+    assert {name: got[name] for name in expected} == expected
+
+
+def test_the_droid_layout():
+    """33 rows and 9x33x40 latents: 3060 video tokens and 33 action tokens."""
+    droid = Layout(9, 33, 40, 33, (0,), 1, 1, 0, channels=48, patch=2, action_dim=64)
+    assert (droid.grid, droid.video_tokens, droid.tokens) == ((9, 17, 20), 3060, 3093)
+    assert (droid.patch_dim, droid.video_values) == (192, 3060 * 192)
+    assert droid.values == 3060 * 192 + 33 * 64
