@@ -38,7 +38,7 @@ TILES = {2: Tile(64, 64, 4, 3), 4: Tile(16, 32, 8, 1)}
 CONTINUE_TILES = {2: Tile(64, 64, 4, 3), 4: Tile(16, 32, 8, 1)}
 
 # Which one runs, by (query tokens, GEN keys) of one batch element; elsewhere the nearest row in log
-# scale. `python tests/gpu_kernels.py` prints rows; these come from a plain Triton kernel against cuDNN
+# scale. `python tests/gpu_kernels.py` prints rows; these are of a plain Triton kernel against cuDNN
 # over all keys, without the continuation (H200, 32 query and 8 key/value heads of 128): 20 against
 # 19 us at 406, 180 against 130 at 1966, 400 against 321 at 3093.
 ATTENTION_CHOICE = {
