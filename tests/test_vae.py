@@ -213,9 +213,12 @@ def test_a_config_that_does_not_agree_is_refused_by_name(key, value):
         WanVAE(config, device="meta", dtype=torch.float32)
 
 
-def test_widths_without_an_up_shortcut_are_refused():
-    config = dataclasses.replace(oracle.config(), dim_mult=(1, 3, 2, 4))
-    with pytest.raises(ValueError, match="up-shortcut"):
+@pytest.mark.parametrize(
+    ("dim_mult", "message"), [((1, 2, 4, 2), "up-shortcut"), ((1, 2, 3, 4), "down-shortcut")]
+)
+def test_widths_without_a_shortcut_are_refused(dim_mult, message):
+    config = dataclasses.replace(oracle.config(), dim_mult=dim_mult)
+    with pytest.raises(ValueError, match=message):
         WanVAE(config, device="meta", dtype=torch.float32)
 
 

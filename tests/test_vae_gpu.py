@@ -1,4 +1,4 @@
-"""The VAE on one GPU: float32 without TF32, bf16 beside diffusers, a captured encode, its memory."""
+"""The VAE on one GPU: float32 without TF32, bf16, a captured encode, the memory plan."""
 
 from __future__ import annotations
 

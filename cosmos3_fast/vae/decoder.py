@@ -47,12 +47,11 @@ class Duplicate:
     def __init__(self, stage: Stage) -> None:
         into, out, time = stage.into, stage.out, stage.factors[0]
         self.out, self.time = out, time
-        self.widen, share = max(out // into, 1), max(into // out, 1)
-        axes = []
+        share, axes = into // out, []
         for factor in (time, 2, 2):
             axes.append(min(factor, share))
             share //= axes[-1]
-        if into * self.widen != out * axes[0] * axes[1] * axes[2]:
+        if into != out * axes[0] * axes[1] * axes[2]:
             raise ValueError(
                 f"vae config: no up-shortcut from {into} to {out} channels, {time} x 2 x 2"
             )
@@ -78,12 +77,9 @@ class Duplicate:
             self._add(y.x[:, :, lead:], x.x[:, :, lead:], last_only=False)
         if x.bias is None:
             return y
-        bias = x.bias.repeat_interleave(self.widen)
-        return Pending(y.x, bias if y.bias is None else y.bias + bias)
+        return Pending(y.x, x.bias if y.bias is None else y.bias + x.bias)
 
     def _add(self, y: torch.Tensor, x: torch.Tensor, *, last_only: bool) -> None:
-        if self.widen > 1:
-            x = x.repeat_interleave(self.widen, 1)
         source = x.unflatten(1, (self.out, *self.axes)).permute(0, 1, 5, 2, 6, 3, 7, 4)
         time = self.time
         if last_only:

@@ -86,6 +86,12 @@ class DownBlock(nn.Module):
 
     def __init__(self, place: Place, stage: Stage, blocks: int) -> None:
         super().__init__()
+        time, space = stage.factors
+        if stage.into * time * space**2 % stage.out:
+            raise ValueError(
+                f"vae config: no down-shortcut from {stage.into} to {stage.out} channels, "
+                f"{time} x {space} x {space}"
+            )
         self.resnets = res_blocks(place, stage, blocks)
         self.downsampler = Downsample(place, stage.out, stage.time) if stage.space else None
         self.stage = stage
