@@ -47,7 +47,7 @@ class Duplicate:
     def __init__(self, stage: Stage) -> None:
         into, out, time = stage.into, stage.out, stage.factors[0]
         self.out, self.time = out, time
-        share, axes = into // out, []
+        share, axes = max(into // out, 1), []
         for factor in (time, 2, 2):
             axes.append(min(factor, share))
             share //= axes[-1]
