@@ -30,14 +30,16 @@ def _seconds(seconds: float) -> timedelta:
 
 
 class Channel:
-    """Small JSON values between the ranks, over the store. One thread; `clone()` for another.
+    """Small JSON values between the ranks, over a connection to the store of their own.
 
+    `watch` is a second connection, for the watchdog's thread. Both are made while the ranks meet:
+    torch looks up every peer's host name, which takes seconds where reverse DNS does not answer.
     A gather is one `set`, one `multi_get` and one `delete_key`: about 0.2 ms on one host.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
-        self.store = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
-        self.store.set_timeout(_seconds(timeout))
+        self.store = store
+        self.watch = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
         self.rank, self.size, self.timeout = rank, size, timeout
         self._round = 0
 
@@ -82,17 +84,18 @@ def join(config: ParallelConfig, device: torch.device, timeout: float) -> tuple[
     """
     started = not dist.is_initialized()
     if started:
-        store, rank, size = _meet(config, timeout)
+        store, own, rank, size = _meet(config, timeout)
     else:
         store = dist.distributed_c10d._get_default_store()
+        own = store.clone()  # type: ignore[attr-defined]
         rank, size = dist.get_rank(), dist.get_world_size()
-    prefixed = dist.PrefixStore(f"cosmos3_fast/{next(_generation)}", store)
-    channel = Channel(prefixed, rank, size, timeout)
+    prefix = f"cosmos3_fast/{next(_generation)}"
+    channel = Channel(dist.PrefixStore(prefix, own), rank, size, timeout)
     _agree_on_launch(channel, config, device, timeout)
     if started:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore("group", prefixed),
+            store=dist.PrefixStore(f"{prefix}/group", store),
             rank=rank,
             world_size=size,
             device_id=device if device.type == "cuda" else None,
@@ -100,8 +103,9 @@ def join(config: ParallelConfig, device: torch.device, timeout: float) -> tuple[
     return channel, started
 
 
-def _meet(config: ParallelConfig, timeout: float) -> tuple[dist.Store, int, int]:
-    """The launch's store, this rank and the launch's size, without waiting for the other ranks.
+def _meet(config: ParallelConfig, timeout: float) -> tuple[dist.Store, dist.Store, int, int]:
+    """Two connections to the launch's store, this rank and the launch's size. Waits for rank 0
+    alone.
 
     torch's rendezvous makes rank 0 wait for WORLD_SIZE clients and then says only how many came;
     asked for a world of one it does not wait. A second, client-side rendezvous tells WORLD_SIZE.
@@ -109,7 +113,7 @@ def _meet(config: ParallelConfig, timeout: float) -> tuple[dist.Store, int, int]
     limit = _seconds(timeout)
     try:
         store, rank, _ = next(dist.rendezvous("env://", world_size=1, timeout=limit))
-        _, _, size = next(dist.rendezvous("env://", rank=1, timeout=limit))
+        own, _, size = next(dist.rendezvous("env://", rank=1, timeout=limit))
     except ValueError as error:
         raise ValueError(
             f"world_size {config.world_size} needs a launch of {config.world_size} processes "
@@ -119,7 +123,7 @@ def _meet(config: ParallelConfig, timeout: float) -> tuple[dist.Store, int, int]
         raise TimeoutError(
             f"no sign of rank 0 of {config.world_size} within {timeout:g} s: {error}"
         ) from error
-    return store, rank, size
+    return store, own, rank, size
 
 
 def _agree_on_launch(

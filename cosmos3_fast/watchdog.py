@@ -78,7 +78,7 @@ class Watchdog:
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         if mesh.channel is not None:
-            self._channel = mesh.channel
+            self._channel: Channel = mesh.channel
             mesh.barrier()
             self._answered = time.monotonic()
             self._start()
@@ -143,12 +143,12 @@ class Watchdog:
         own = self._signs[self.rank]
         if own.state != ENDED:
             own.say(state, step, text)
-        self._wake.set()
+        if state in (FAILED, ENDED, CLOSED):  # the rest can wait for the next period
+            self._wake.set()
 
     def _exchange(self) -> None:
-        """Thread: my sign out, the others' in, every period and whenever mine changes."""
-        channel: Channel = self._channel
-        store = channel.store.clone()
+        """Thread: my sign out, the others' in, every period and at once when I fail or close."""
+        store = self._channel.watch
         keys = [f"sign/{rank}" for rank in range(self.size)]
         own = self._signs[self.rank]
         try:
@@ -198,7 +198,10 @@ class Watchdog:
             if sign.state == CLOSED:
                 continue
             if now - sign.seen > self.silence and now - self._answered < self.silence / 2:
-                return f"no sign of rank {rank} for {now - sign.seen:.1f} s"
+                why = (
+                    f"; it failed in step {sign.step}: {sign.text}" if sign.state == FAILED else ""
+                )
+                return f"no sign of rank {rank} for {now - sign.seen:.1f} s{why}"
         if self._lost and self._signs[0].state != CLOSED:
             return f"no sign of rank 0: its store (or torchrun's) is gone: {self._lost}"
         if now - self._answered > self.silence and self._signs[0].state != CLOSED:
@@ -210,7 +213,7 @@ class Watchdog:
             return ""
         running = now - own.since
         for rank, sign in others:
-            if sign.state in (FAILED, CLOSED) and min(now - sign.since, running) > self.silence:
+            if sign.state in (FAILED, CLOSED) and min(now - sign.since, running) > self.silence / 2:
                 why = f": {sign.text}" if sign.text else ""
                 return f"rank {rank} {sign.state} in step {sign.step}{why}"
         if running > self._limit:

@@ -6,9 +6,10 @@ The parent gets every rank's results and compares them:
     results = run_cases(4, [case_sum, case_gather])
     results["case_sum"][rank]["x"]
 
-The launch's process imports torch and the test module once and forks the ranks, which carry
-torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). A hard limit ends
-the whole process group. `Launch` is for tests that end ranks themselves.
+One server process per pytest session imports torch and the package once. Each launch is a fork of
+it in its own process group, which loads the test module and forks the ranks; they carry torchrun's
+environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). A hard limit ends the whole
+group. `Launch` is for tests that end ranks themselves.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+_server: subprocess.Popen[bytes] | None = None
 Case = Callable[[], "dict[str, Any] | None"]
 # A test must never use NVLink multicast, on whatever machine it runs.
 _ENVIRONMENT = {
@@ -37,6 +39,8 @@ _ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "TORCH_CPP_LOG_LEVEL": "FATAL",
+    # torch looks up the name of 127.0.0.1 at every connection: 5 s where DNS does not answer.
+    "RES_OPTIONS": "timeout:1 attempts:1",
 }
 
 
@@ -69,19 +73,15 @@ class Launch:
             "arguments": arguments or {},
         }
         (self.folder / "plan.json").write_text(json.dumps(plan))
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), str(self.folder)],
-            env=os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            start_new_session=True,
-        )
+        self.leader = _fork_leader(self.folder)
 
     def __enter__(self) -> Launch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None or self.alive():
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        while self.alive():
+            os.killpg(self.leader, signal.SIGKILL)
+            time.sleep(0.01)
         self._folder.cleanup()
 
     def pid(self, rank: int) -> int:
@@ -95,29 +95,30 @@ class Launch:
         self.until((self.folder / f"{name}.{rank}").exists, timeout)
 
     def until(self, condition: Callable[[], bool], timeout: float) -> None:
-        """Wait for a condition while the launch runs; TimeoutError with the ranks' output."""
+        """Wait for a condition; TimeoutError with the ranks' output, also once all have ended."""
         stop = time.monotonic() + timeout
+        ended = self.folder / "statuses.json"
         while not condition():
-            if time.monotonic() > stop or self.process.poll() is not None:
-                raise TimeoutError("\n".join(f"rank {r}: {self.stderr(r)}" for r in self.ranks))
+            if time.monotonic() > stop or ended.exists():
+                if condition():
+                    return
+                said = [f"rank {rank}: {self.stderr(rank)}" for rank in self.ranks]
+                leader = self.folder / "leader"
+                raise TimeoutError(
+                    "\n".join([*said, leader.read_text() if leader.exists() else ""])
+                )
             time.sleep(0.01)
 
     def statuses(self, timeout: float = 60) -> dict[int, int]:
-        """Exit status by rank (negative: the signal), of all ranks; TimeoutError when one still
-        runs.
-        """
+        """Exit status by rank (negative: the signal), of all ranks; TimeoutError while one runs."""
         path = self.folder / "statuses.json"
-        stop = time.monotonic() + timeout
-        while not path.exists():
-            if time.monotonic() > stop:
-                raise TimeoutError("\n".join(f"rank {r}: {self.stderr(r)}" for r in self.ranks))
-            time.sleep(0.01)
+        self.until(path.exists, timeout)
         return {int(rank): status for rank, status in json.loads(path.read_text()).items()}
 
     def status(self, rank: int, timeout: float = 60) -> int:
         """Exit status of one rank while others may still run."""
         path = self.folder / f"status.{rank}"
-        self.until(lambda: path.exists() or (self.folder / "statuses.json").exists(), timeout)
+        self.until(path.exists, timeout)
         return int(path.read_text())
 
     def stderr(self, rank: int) -> str:
@@ -135,7 +136,7 @@ class Launch:
                 state, _, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it ended while we looked
-            if int(group) == self.process.pid and state != "Z":
+            if int(group) == self.leader and state != "Z":
                 found.append(int(entry.name))
         return found
 
@@ -222,22 +223,70 @@ def _run_rank(rank: int, plan: dict[str, Any], module: Any, folder: Path) -> int
     return 0
 
 
-def _main(folder: Path) -> None:
-    plan = json.loads((folder / "plan.json").read_text())
-    module = _load(plan["file"])
-    children = {}
-    for rank in plan["ranks"]:
+def _fork_leader(folder: Path) -> int:
+    """Ask the server, started at the first call, for a launch; the id of its process group."""
+    global _server
+    if _server is None or _server.poll() is not None:
+        _server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve())],
+            env=os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+    assert _server.stdin is not None and _server.stdout is not None
+    _server.stdin.write(f"{folder}\n".encode())
+    _server.stdin.flush()
+    return int(_server.stdout.readline())
+
+
+def _serve() -> None:
+    """Server: one launch for each folder named on stdin, until its end."""
+    import pytest  # noqa: F401
+
+    import cosmos3_fast.engine  # noqa: F401  # so that no rank has to
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for line in sys.stdin:
+        read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
-            os._exit(_run_rank(rank, plan, module, folder))
-        children[pid] = rank
-    _publish(folder / "pids.json", {rank: pid for pid, rank in children.items()})
-    statuses = {}
-    while children:
-        pid, status = os.wait()
-        rank = children.pop(pid)
-        statuses[rank] = os.waitstatus_to_exitcode(status)
-        _publish(folder / f"status.{rank}", statuses[rank])
+            os.setsid()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.write(write, b"x")  # now its id names a process group
+            try:
+                _lead(Path(line.strip()))
+            finally:
+                os._exit(0)
+        os.read(read, 1)
+        os.close(read)
+        os.close(write)
+        print(pid, flush=True)
+
+
+def _lead(folder: Path) -> None:
+    output = os.open(folder / "leader", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
+        os.dup2(target, stream)
+    children: dict[int, int] = {}
+    statuses: dict[int, int] = {}
+    try:
+        plan = json.loads((folder / "plan.json").read_text())
+        module = _load(plan["file"])
+        for rank in plan["ranks"]:
+            pid = os.fork()
+            if pid == 0:
+                os._exit(_run_rank(rank, plan, module, folder))
+            children[pid] = rank
+        _publish(folder / "pids.json", {rank: pid for pid, rank in children.items()})
+        while children:
+            pid, status = os.wait()
+            rank = children.pop(pid)
+            statuses[rank] = os.waitstatus_to_exitcode(status)
+            _publish(folder / f"status.{rank}", statuses[rank])
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     _publish(folder / "statuses.json", statuses)
 
 
@@ -250,4 +299,4 @@ def _publish(path: Path, value: Any) -> None:
 
 if __name__ == "__main__":
     sys.modules["ranks"] = sys.modules["__main__"]
-    _main(Path(sys.argv[1]))
+    _serve()
