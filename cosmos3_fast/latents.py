@@ -10,6 +10,7 @@ channels past the robot's own are held at their given value (0 for padding) thro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,8 +49,9 @@ class Masks:
     action_rows: torch.Tensor
 
 
+@lru_cache(maxsize=16)
 def masks(layout: Layout, raw_action_dim: int) -> Masks:
-    """The masks of a layout, on the CPU."""
+    """The masks of a layout, on the CPU, kept for the next request: not to be written to."""
     frame_noisy = torch.ones(layout.frames, dtype=torch.uint8)
     frame_noisy[list(layout.clean_frames)] = 0
     shape = (1, layout.channels, layout.frames, layout.height, layout.width)

@@ -197,8 +197,8 @@ class Cosmos3Transformer(nn.Module):
             q = attention.project(layer.norm_in(x, pending), cos, sin, keys[0], keys[1])
             q = q.unflatten(0, (groups, tokens))
             if index + 1 == len(self.gen):
-                q = q[:, rows]
-                x = x.unflatten(0, (groups, tokens))[:, rows].flatten(0, 1)
+                q = q.index_select(1, rows)
+                x = x.unflatten(0, (groups, tokens)).index_select(1, rows).flatten(0, 1)
             k, v = keys.unflatten(1, (groups, tokens))
             und = inputs.und_k[index], inputs.und_v[index], inputs.und_len
             attended = ops.attention(q, k, v, *und)

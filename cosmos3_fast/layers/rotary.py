@@ -65,5 +65,5 @@ class Rotary:
         """positions [3, n] float32 -> cos, sin [n, D/2] float32; column i serves elements i and i +
         D/2.
         """
-        angles = positions[self.axes].t() * self.frequencies
+        angles = positions[self.axes].t().contiguous() * self.frequencies
         return angles.cos(), angles.sin()
