@@ -86,7 +86,7 @@ void compute(const Write& write, const T* x, T* result) {
     float scale = 0.0f;
     if (write.prologue == kNormSilu) {
         const float norm = std::sqrt(sum_squares(x, bias, channels));
-        scale = std::sqrt(float(channels)) / (norm < kNormEps ? kNormEps : norm);
+        scale = write.root / (norm < kNormEps ? kNormEps : norm);
     }
     for (int c = 0; c < channels; ++c) {
         float value = x[c].widen() + (bias ? bias[c] : 0.0f);
@@ -239,6 +239,7 @@ void halo_write(std::uintptr_t x, std::uintptr_t out, std::uintptr_t gamma, std:
         plan,
         dtype,
         prologue,
+        std::sqrt(float(channels)),
         at<const float>(gamma),
         at<const float>(bias),
         at<const void>(x),

@@ -101,7 +101,7 @@ __device__ __forceinline__ void compute_cell(const Write& write, const Cell& cel
         for (int i = 0; i < kSize; ++i) squares = fmaf(value[k][i], value[k][i], squares);
     }
     if (write.prologue == kNormSilu) {
-        const float scale = inverse_norm(sum_lanes<kLanes>(squares, mask), write.plan.channels);
+        const float scale = write.root * inverse_norm(sum_lanes<kLanes>(squares, mask));
 #pragma unroll
         for (int k = 0; k < kVectors; ++k) {
             const int at = lane + k * kLanes;
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads) write_scalars(const __grid_constant_
                 const float value = widen(x[c]) + (bias ? bias[c] : 0.0f);
                 scale = fmaf(value, value, scale);
             }
-            scale = inverse_norm(sum_lanes<32>(scale, ~0u), channels);
+            scale = write.root * inverse_norm(sum_lanes<32>(scale, ~0u));
         }
         for (int c = lane; c < channels; c += 32) {
             float value = widen(x[c]) + (bias ? bias[c] : 0.0f);

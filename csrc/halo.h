@@ -168,6 +168,7 @@ HALO_INLINE char* sent_slot(const Link& link, Side towards, uint32_t epoch) {
 struct Write {
     Plan plan;
     int dtype, prologue;
+    float root;                 // sqrt(channels)
     const float *gamma, *bias;  // [channels]; null: no bias
     const void *x, *past;       // past [history, rows, columns, channels]; null: zeros
     const void* edge[2];        // exchanged already, by side; null: that padding stays zero

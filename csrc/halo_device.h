@@ -108,10 +108,9 @@ __device__ __forceinline__ float silu(float x) {
     return x * inverse;
 }
 
-// sqrt(C) / max(norm, eps); a NaN norm stays NaN.
-__device__ __forceinline__ float inverse_norm(float squares, int channels) {
-    const float norm = sqrtf(squares);
-    return sqrtf(float(channels)) / (norm < kNormEps ? kNormEps : norm);
+// 1 / max(norm, eps), from the sum of squares; a NaN stays NaN.
+__device__ __forceinline__ float inverse_norm(float squares) {
+    return rsqrtf(squares < kNormEps * kNormEps ? kNormEps * kNormEps : squares);
 }
 
 template <int kCount>

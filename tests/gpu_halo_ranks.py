@@ -40,6 +40,7 @@ CASES = (
     Case("doubled", (512, 3, 33, 40), "nearest2x", 0),
     Case("stride 2", (160, 3, 66, 80), "none", 0, RIGHT_BOTTOM),
     Case("scalar", (12, 2, 33, 41)),
+    Case("two rows", (64, 2, 33, 41), "nearest2x", 1, (1, 2, 2, 1)),
     Case("wide", (1024, 3, 35, 40)),
 )
 STRESS = (

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
-from cosmos3_fast.kernels import reference_conv
 
+from cosmos3_fast.kernels import reference_conv
 from cosmos3_fast.parallel import Symmetric
 from cosmos3_fast.parallel_edges import EdgeSlots
 

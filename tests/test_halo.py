@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cosmos3_fast.kernels import reference_conv
 from halo_cases import (
     BORDER,
     LAST,
@@ -34,6 +33,7 @@ from halo_cases import (
 )
 
 from cosmos3_fast import halo
+from cosmos3_fast.kernels import reference_conv
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.parallel_edges import EdgeSlots
 
@@ -141,6 +141,8 @@ EXCHANGES = (
     Case("doubled", (8, 2, 0, 0), "nearest2x", 0),
     Case("stride 2", (24, 3, 0, 0), "none", 0, RIGHT_BOTTOM),
     Case("scalar", (5, 2, 0, 0)),
+    Case("two rows after", (16, 2, 0, 0), "nearest2x", 1, (1, 2, 1, 2)),
+    Case("two rows before", (3, 2, 0, 0), "nearest2x", 0, (2, 1, 2, 1)),
     Case("stride 2 again", (16, 1, 0, 0), "none", 0, RIGHT_BOTTOM),
 )
 
