@@ -1,9 +1,9 @@
 """All-reduce and all-gather over the GPUs of a host, in a captured graph; the host's agreement.
 
 Each all-reduce kernel (NCCL, two-shot, one-shot) is compared with the sum in float64 first, then
-timed as a graph of calls: microseconds a call on the slowest rank, and the ratio to NCCL in the same
-launch. What `parallel.TWO_SHOT_BYTES` and `ONE_SHOT_BYTES` should say is read off this table. Without
-GPUs only the agreement over CPU ranks is timed.
+timed as a graph of calls: microseconds a call on the slowest rank, and the ratio to NCCL in the
+same launch. What `parallel.TWO_SHOT_BYTES` and `ONE_SHOT_BYTES` should say is read off this table.
+Without GPUs only the agreement over CPU ranks is timed.
 """
 
 from __future__ import annotations
