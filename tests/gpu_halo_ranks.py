@@ -48,7 +48,7 @@ STRESS = (
     Case("stride 2", (24, 2, 0, 6), "none", 0, RIGHT_BOTTOM),
     Case("doubled", (8, 2, 0, 6), "nearest2x", 0),
 )
-CYCLES = 60_000  # longest delay on the device, some 30 us
+CYCLES = 200_000  # longest delay on the device, some 100 us: neighbours overtake each other
 
 
 def spread(size: int, count: int) -> list[int]:
