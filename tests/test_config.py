@@ -226,7 +226,7 @@ def test_an_unusable_file_is_named(folder, part, text, message):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match="checkpoint folder .*gone does not exist"):
+    with pytest.raises(ValueError, match=r"checkpoint folder .*gone does not exist"):
         CheckpointConfig.read(tmp_path / "gone")
 
 

@@ -20,7 +20,7 @@ def lay(t=2, h=5, w=6, raw=2, **changes):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_patches_by_index(size):
-    """Token (f, i, j), element (row, column, channel) is the latent at (2 i + row, 2 j + column)."""
+    """Token (f, i, j), element (row, column, channel): the latent at (2 i + row, 2 j + column)."""
     t, h, w = size
     latents, (rows, cols) = noise(1, 3, t, h, w), (-(-h // 2), -(-w // 2))
     got = to_patches(latents, 2).view(t, rows, cols, 2, 2, 3)

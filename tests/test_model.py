@@ -140,9 +140,8 @@ def test_both_branches_in_one_call_equal_each_alone():
     runner.set_masks(shape, 10, mask)
     runner.set_schedule((833,), torch.zeros(1, 10))
     for branch, prompt in enumerate(prompts):
-        runner.set_positions(
-            branch, 0, lambda n=len(prompt): media_positions(shape, n, 24.0, config(), CPU)
-        )
+        where = functools.partial(media_positions, shape, len(prompt), 24.0, config(), CPU)
+        runner.set_positions(branch, 0, where)
         runner.set_prompt(branch, prompt, model().encode_prompt(prompt))
     runner.model_in.copy_(flatten(*inputs_of(asked, shape), shape))
     with torch.no_grad():
