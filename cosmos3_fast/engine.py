@@ -42,6 +42,7 @@ T = TypeVar("T")
 Und = tuple[torch.Tensor, torch.Tensor]  # keys and values of a prompt
 Encoder = tuple[torch.Tensor, Captured[torch.Tensor]]  # its pixels, and the call that encodes them
 MAX_ENCODERS = 4  # captured encoder shapes kept
+PREPARE_S = 600.0  # deadline of a request that must compile and capture first
 
 
 class Engine:
@@ -148,10 +149,11 @@ class Engine:
         if self._failed:
             raise RuntimeError(f"this engine must be rebuilt: {self._failed}")
         assert self._watchdog is not None
-        plan = self._agree(request)
+        plan, prepared = self._agree(request)
         self._requests += 1
+        deadline = None if prepared else PREPARE_S
         try:
-            with torch.no_grad(), self._watchdog.step(self._requests):
+            with torch.no_grad(), self._watchdog.step(self._requests, deadline):
                 return self._run(request, plan, on_step)
         except BaseException as error:
             if self.mesh.world_size > 1:
@@ -207,7 +209,7 @@ class Engine:
             result = work()
             if isinstance(result, CheckpointConfig):
                 facts = self._facts(result)
-        except ValueError as caught:
+        except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         agreement.agree(self.mesh, facts, error=error)
         return cast(T, result)
@@ -277,27 +279,34 @@ class Engine:
         rows = ops.backends(self.device)
         log.info("ops: %s", ", ".join(f"{op} {where}" for op, where in rows.items()))
 
-    def _agree(self, request: Cosmos3ActionRequest) -> denoise.Plan:
-        """Check the request here and its digest across ranks; every rank raises, or none."""
+    def _agree(self, request: Cosmos3ActionRequest) -> tuple[denoise.Plan, bool]:
+        """Check the request here and its digest across ranks; every rank raises, or none.
+
+        The plan, and whether every rank has a runner for its shape.
+        """
         plan, error = None, None
         try:
             check(request, self.checkpoint.transformer, has_encoder=self.vae is not None)
             steps = request.num_inference_steps
             schedule = denoise.schedule_of(self.args.plugin_args, self.checkpoint.scheduler, steps)
             plan = denoise.plan(request, self.checkpoint.transformer, schedule)
-        except ValueError as caught:
+        except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         compare = error is None and self.mesh.world_size > 1
         held = agreement.facts(request) if compare else {}
         state = {}
         if plan is not None:
-            state = {f"prompt {i}": ids in self._prompts for i, ids in enumerate(plan.prompts)}
+            needed = plan.branches(self.mesh)  # differ between the cfg groups
+            state = {
+                f"prompt {i}": i not in needed or ids in self._prompts
+                for i, ids in enumerate(plan.prompts)
+            }
             state["runner"] = plan.key in self._runners
         together = agreement.agree(self.mesh, held, error=error, state=state)
         assert plan is not None
         if together != state:
             self._forget(plan)
-        return plan
+        return plan, together["runner"]
 
     def _forget(self, plan: denoise.Plan) -> None:
         """Ranks differ in what they have cached: all of them start this request without it."""
