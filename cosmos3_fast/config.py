@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +34,8 @@ class DeviceConfig:
     params_dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        if torch.device(self.target).type not in ("cuda", "cpu"):
-            raise ValueError(f"device target must be cuda or cpu, got {self.target!r}")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", str(self.target)):
+            raise ValueError(f"device target must be cpu, cuda or cuda:N, got {self.target!r}")
         if self.params_dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(
                 f"params_dtype must be bfloat16, float16 or float32, got {self.params_dtype}"

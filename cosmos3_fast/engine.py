@@ -116,7 +116,7 @@ class Engine:
 
             folder = Path(snapshot_download(str(dir_or_hub_id), revision=revision))
         target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        on_gpu = torch.device(target).type == "cuda"
+        on_gpu = str(target).startswith("cuda")
         params_dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
         plugin = Cosmos3PolicyWNArgs(
             checkpoint_dir=folder,

@@ -25,7 +25,7 @@ from cosmos3_fast.config import (
 from cosmos3_fast.testing import NANO_SCHEDULER, NANO_TRANSFORMER, NANO_VAE
 
 BAD_CHOICES = {
-    "device": (DeviceConfig, {"target": "mps"}, "must be cuda or cpu, got 'mps'"),
+    "device": (DeviceConfig, {"target": "mps"}, "must be cpu, cuda or cuda:N, got 'mps'"),
     "dtype": (DeviceConfig, {"params_dtype": torch.float64}, "params_dtype must be .*float64"),
     "cfg 3": (ParallelConfig, {"cfg_size": 3, "world_size": 3}, "cfg_size must be 1 or 2.*got 3"),
     "tp 0": (ParallelConfig, {"tp_size": 0}, "world_size 1 must be cfg_size 1 x tp_size 0"),

@@ -56,8 +56,9 @@ def plot_actions(path: str | os.PathLike[str], action: torch.Tensor, title: str)
 
 
 def write_results(out: str, results: dict[str, torch.Tensor], fps: float, title: str) -> list[Path]:
-    """OUT_action.json, OUT_action.png and, with pixels, OUT.mp4; returns the paths."""
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    """OUT_action.json, OUT_action.png and, with pixels, OUT.mp4 in a folder that exists; their
+    paths.
+    """
     written = [Path(f"{out}_action.json"), Path(f"{out}_action.png")]
     write_actions(written[0], results["action"])
     plot_actions(written[1], results["action"], title)

@@ -6,6 +6,7 @@ Alone or under torchrun; every rank runs, rank 0 alone prints and writes.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ def main(args: argparse.Namespace) -> None:
         try:
             require_writers(not args.no_video and main_rank, main_rank)
             processor, request = _request(settings, engine.device)
-        except (ValueError, ImportError) as error:
+            if main_rank:
+                Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        except (ValueError, ImportError, OSError) as error:
             engine.refuse(ValueError(str(error)))
         steps = tqdm(total=request.num_inference_steps, unit="step", disable=not main_rank)
         with steps:
