@@ -22,11 +22,15 @@ OFF = {"CMAKE_ARGS": "-DCOSMOS3_WITH_CUDA=OFF"}
 
 
 def python(*arguments: object, cwd: Path, **environment: str) -> str:
-    """Run this interpreter and return its output; AssertionError with that if it fails."""
+    """Run this interpreter and return its output; AssertionError with that if it fails.
+
+    Coverage stays out: it would count the copies of the package as files of their own.
+    """
+    inherited = {key: value for key, value in os.environ.items() if "COVERAGE" not in key}
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
