@@ -16,6 +16,7 @@ from cosmos3_fast.config import CheckpointConfig
 from cosmos3_fast.graph import ShapeKey
 from cosmos3_fast.model import Cosmos3Transformer, parameter_bytes
 from cosmos3_fast.parallel import Mesh
+from cosmos3_fast.processor import DROID
 from cosmos3_fast.vae import WanVAE
 
 
@@ -38,7 +39,8 @@ def main(args: argparse.Namespace) -> None:
     processed = processor.preprocess(
         {"images": image, "task": args.prompt, "cond_action": cond_action}
     )
-    request = request_of(processed, settings)
+    state = DROID().encode_state([0.0] * 7, 0.0) if args.preset == "droid" else None
+    request = request_of(processed, settings, state)
     schedule = denoise.schedule_of(
         settings.plugin_args(False), checkpoint.scheduler, request.num_inference_steps
     )
