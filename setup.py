@@ -60,6 +60,7 @@ setup(
         "cosmos3_fast.cli",
         "cosmos3_fast.kernels",
         "cosmos3_fast.layers",
+        "cosmos3_fast.ops",
         "cosmos3_fast.processor",
         "cosmos3_fast.testing",
         "cosmos3_fast.vae",

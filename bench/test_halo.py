@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from cosmos3_fast import halo
+from cosmos3_fast.ops import halo
 from cosmos3_fast.kernels import reference_conv
 
 GPU = torch.cuda.is_available()

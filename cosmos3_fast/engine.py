@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import numpy as np
 import torch
 
-from cosmos3_fast import agreement, denoise, latents, ops
+from cosmos3_fast import agreement, denoise, latents, ops, startup
 from cosmos3_fast.cache import BoundedCache
 from cosmos3_fast.checkpoint import Slot, open_checkpoint
 from cosmos3_fast.config import (
@@ -30,7 +30,7 @@ from cosmos3_fast.config import (
 )
 from cosmos3_fast.graph import Captured, StepRunner
 from cosmos3_fast.loader import LoadReport, load, progress_bar
-from cosmos3_fast.model import Cosmos3Transformer, parameter_bytes
+from cosmos3_fast.model import Cosmos3Transformer
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.request import TEMPORAL_FACTOR, Cosmos3ActionRequest, Layout, check
 from cosmos3_fast.stages import Stages
@@ -68,7 +68,7 @@ class Engine:
         are then not read (`testing.fill_random`: a model of real size without its weights).
         """
         self.args, self._weights = args, weights
-        self.mesh = Mesh.create(args.config.parallel, _device(args.config.device))
+        self.mesh = Mesh.create(args.config.parallel, startup.device_of(args.config.device))
         self.device = self.mesh.device
         self.times: dict[str, float] = {}
         self.load_reports: dict[str, LoadReport] = {}
@@ -81,14 +81,15 @@ class Engine:
         self._host = ThreadPoolExecutor(1, thread_name_prefix="cosmos3-noise")
         self._watchdog: Watchdog | None = None
         try:
-            self.checkpoint = self._together(self._read_checkpoint)
+            self.checkpoint = self._together(lambda: startup.read(args.plugin_args))
             self._together(lambda: self._build(progress))
             deadline = args.config.runtime.step_deadline_s
             self._watchdog = Watchdog(self.mesh, deadline=deadline)
         except BaseException:
             self.close()
             raise
-        self._report()
+        if self.mesh.rank == 0:
+            startup.report(self.args, self.model, self.vae, self.load_reports)
 
     @classmethod
     def from_pretrained(
@@ -208,33 +209,11 @@ class Engine:
         try:
             result = work()
             if isinstance(result, CheckpointConfig):
-                facts = self._facts(result)
+                facts = startup.facts(self.args, result, self._weights is None)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         agreement.agree(self.mesh, facts, error=error)
         return cast(T, result)
-
-    def _facts(self, checkpoint: CheckpointConfig) -> dict[str, str]:
-        """What must be equal on all ranks before weights are read."""
-        facts = agreement.facts(self.args.plugin_args, skip=("checkpoint_dir",))
-        facts |= agreement.facts(checkpoint, "checkpoint.", skip=("folder",))
-        facts |= agreement.facts(self.args.config.runtime)
-        present = ("transformer", "vae") if checkpoint.vae is not None else ("transformer",)
-        for part in present if self._weights is None else ():
-            with open_checkpoint(checkpoint.folder / part) as tensors:
-                listing = [[n, *t.shape, str(t.dtype)] for n, t in sorted(tensors.items())]
-            facts[f"{part} tensors"] = agreement.digest(listing)
-        return facts | {"dtype": agreement.digest(self.args.config.device.params_dtype)}
-
-    def _read_checkpoint(self) -> CheckpointConfig:
-        plugin = self.args.plugin_args
-        if plugin.checkpoint_dir is None:
-            raise ValueError("Cosmos3PolicyWNArgs.checkpoint_dir is not set")
-        checkpoint = CheckpointConfig.read(plugin.checkpoint_dir)
-        if plugin.decode_video and checkpoint.vae is None:
-            raise ValueError(f"decode_video needs {checkpoint.folder / 'vae'}, which is missing")
-        denoise.schedule_of(plugin, checkpoint.scheduler, 1)
-        return checkpoint
 
     def _build(self, progress: bool) -> None:
         config, folder = self.args.config, self.checkpoint.folder
@@ -247,6 +226,7 @@ class Engine:
                 mesh=self.mesh,
                 decoder=self.args.plugin_args.decode_video,
                 max_bytes=config.runtime.decode_max_bytes,
+                deadline=config.runtime.step_deadline_s,
                 **place,
             )
             parts.append(("vae", self.vae))
@@ -262,22 +242,6 @@ class Engine:
                 strict=self.args.plugin_args.weight_strict,
                 progress=progress_bar(name) if show else None,
             )
-
-    def _report(self) -> None:
-        """Log what runs where, once."""
-        if self.mesh.rank:
-            return
-        model, runtime = self.model, self.args.config.runtime
-        size = parameter_bytes(model) + (parameter_bytes(self.vae) if self.vae else 0)
-        log.info(
-            "%s %s, mesh cfg %d x tp %d, %.2f GB of weights a rank, graphs %s",
-            self.device, model.dtype, self.mesh.cfg_size, self.mesh.tp_size, size / 1e9,
-            "on" if runtime.use_cuda_graph and self.device.type == "cuda" else "off",
-        )  # fmt: skip
-        for name, report in self.load_reports.items():
-            log.info("%s: %s", name, report)
-        rows = ops.backends(self.device)
-        log.info("ops: %s", ", ".join(f"{op} {where}" for op, where in rows.items()))
 
     def _agree(self, request: Cosmos3ActionRequest) -> tuple[denoise.Plan, bool]:
         """Check the request here and its digest across ranks; every rank raises, or none.
@@ -345,6 +309,9 @@ class Engine:
             result["pixels"] = self.vae.decode(video)
             stages.mark("decode")
         denoise.require_finite(result | {"state": state})
+        late = self.vae.failure() if self.vae is not None else None
+        if late:
+            raise TimeoutError(late)
         self.times = stages.milliseconds()
         return result
 
@@ -395,16 +362,3 @@ class Engine:
     ) -> torch.Tensor:
         video, action = (torch.from_numpy(part).to(self.device) for part in noise.result())
         return latents.flatten(video, action, layout)
-
-
-def _device(config: DeviceConfig) -> torch.device:
-    """The configured device; ValueError when it is not there."""
-    device = torch.device(config.target)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {config.target} was asked for, but no CUDA GPU is available")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(
-                f"device {config.target} was asked for; there are {torch.cuda.device_count()} GPUs"
-            )
-    return device

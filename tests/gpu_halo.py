@@ -33,7 +33,7 @@ from halo_cases import (
     strip_result,
 )
 
-from cosmos3_fast import halo
+from cosmos3_fast.ops import halo
 from cosmos3_fast.kernels import reference_conv
 
 DEVICE = "cuda:0"

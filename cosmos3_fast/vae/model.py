@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
 from torch import nn
 
+from cosmos3_fast import ops
 from cosmos3_fast.checkpoint import Slot
 from cosmos3_fast.config import VAEConfig
 from cosmos3_fast.parallel import Mesh
+from cosmos3_fast.parallel_edges import EdgeSlots
 from cosmos3_fast.vae.blocks import Place, PointConv
 from cosmos3_fast.vae.decoder import Decoder, unpatchify
 from cosmos3_fast.vae.encoder import Encoder, patchify
@@ -32,8 +35,8 @@ class WanVAE(nn.Module):
     image is cut over all of its ranks, each of which calls with equal arguments; None is one rank.
     `decoder=False` leaves the decoder out. `max_bytes`: activation memory a pass may plan with;
     longer clips run in groups of latent frames, which also keeps every convolution's input within
-    2^31 - 1 elements (D in one pass: 1.5e9). Raises ValueError for a config whose factors do not
-    agree.
+    2^31 - 1 elements (D in one pass: 1.5e9). `deadline`: seconds that a kernel waits for a
+    neighbour's edges. Raises ValueError for a config whose factors do not agree.
     """
 
     def __init__(
@@ -45,11 +48,14 @@ class WanVAE(nn.Module):
         mesh: Mesh | None = None,
         decoder: bool = True,
         max_bytes: int = 48 << 30,
+        deadline: float = 30.0,
     ) -> None:
         super().__init__()
         _check(config)
         place = Place(torch.device(device), dtype)
         self.config, self.dtype, self.max_bytes = config, dtype, max_bytes
+        self.deadline = deadline
+        self._slots: dict[tuple[int, int], EdgeSlots] = {}
         self.mesh = Mesh.single(place.device) if mesh is None else mesh
         self.encoder = Encoder(config, place)
         self.quant_conv = PointConv(place.wide, 2 * config.z_dim, 2 * config.z_dim, 1, 1, 1)
@@ -93,6 +99,7 @@ class WanVAE(nn.Module):
         groups = self._groups(
             self.encoder, strips, 1 + (frames - 1) // time, height // space, width // space
         )
+        strips = self._with_slots(self.encoder, strips, groups, height // space, width // space)
         history: dict | None = {} if len(groups) > 1 else None
         parts = []
         with _cudnn(pixels.device, search=False):
@@ -130,6 +137,7 @@ class WanVAE(nn.Module):
         raw = latents.to(self._mean.dtype) * self._std + self._mean
         whole = self.post_quant_conv(raw.movedim(1, -1)).to(self.dtype).movedim(-1, 1)
         groups = self._groups(self.decoder, strips, frames, height, width)
+        strips = self._with_slots(self.decoder, strips, groups, height, width)
         history: dict | None = {} if len(groups) > 1 else None
         parts = []
         with _cudnn(latents.device, search=True):
@@ -151,6 +159,38 @@ class WanVAE(nn.Module):
     def _to_pixels(self, patches: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         pixels = unpatchify(patches.to(bias.dtype) + bias.view(-1, 1, 1, 1), self.config.patch_size)
         return pixels.clamp_(-1, 1).mul_(0.5).add_(0.5).float()
+
+    def failure(self) -> str | None:
+        """Which neighbours' edges did not come before the deadline; None if all did. Waits for the
+        device. After a failure no result is to be used.
+        """
+        found = [slots.failure() for slots in self._slots.values()]
+        return next((text for text in found if text), None)
+
+    def _with_slots(
+        self,
+        net: Encoder | Decoder,
+        strips: Strips,
+        groups: list[tuple[int, int]],
+        height: int,
+        width: int,
+    ) -> Strips:
+        """The strips with peer memory for the largest edge of a pass, where kernels use it.
+
+        Made by all ranks at the first pass of a size, which must not be inside a capture.
+        """
+        if strips.holders == 1 or not ops.peer_kernels(self.mesh.device):
+            return strips
+        frames = max(stop - start for start, stop in groups)
+        rows = (0, width) if strips.axis == 3 else (height, 0)  # what is left is the two borders
+        sizes = net.sizes(frames, *rows, first=False)
+        nbytes = max(elements // 2 for elements, _ in sizes) * self.dtype.itemsize
+        key = strips.holders, nbytes
+        if key not in self._slots:
+            self._slots[key] = EdgeSlots(
+                self.mesh, nbytes, among=strips.holders, deadline=self.deadline
+            )
+        return replace(strips, slots=self._slots[key])
 
     def _groups(
         self, net: Encoder | Decoder, strips: Strips, frames: int, height: int, width: int

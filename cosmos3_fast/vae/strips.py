@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from cosmos3_fast import ops
 from cosmos3_fast.parallel import Mesh
+from cosmos3_fast.parallel_edges import EdgeSlots
 
 Padding = tuple[int, int, int, int]  # left, right, top, bottom
 
@@ -26,11 +27,13 @@ class Strips:
     `axis`: the side that is cut, 3 = H, 4 = W. `sizes`: latent rows of each rank, zeros last. A
     rank without rows computes row 0 once more with zeros for neighbours and joins the gathers,
     where its part is dropped: nothing hangs and no layer needs a case for an empty tensor.
+    `slots`: peer memory through which `_C`'s kernels pass the edges; None sends them by the mesh.
     """
 
     mesh: Mesh
     axis: int
     sizes: tuple[int, ...]
+    slots: EdgeSlots | None = None
 
     @classmethod
     def plan(cls, mesh: Mesh, height: int, width: int) -> Strips:
@@ -76,6 +79,17 @@ class Strips:
         history: int = 0,
     ) -> torch.Tensor:
         """`ops.conv_input` of this rank's strip [1, C, T, H, W] with the neighbours' edges."""
+        if self.slots is not None and self.slots.neighbours:
+            return ops.conv_input_exchange(
+                x,
+                self.slots,
+                prologue=prologue,
+                gamma=gamma,
+                bias=bias,
+                history=history,
+                pad=pad,
+                axis=self.axis,
+            )
         before = after = None
         if self.holders > 1:
             low, high = pad[2:] if self.axis == 3 else pad[:2]

@@ -18,6 +18,7 @@ import torch
 
 from cosmos3_fast.kernels import reference as _reference
 from cosmos3_fast.kernels import reference_conv as _reference_conv
+from cosmos3_fast.ops import halo
 
 _TRITON = {  # operation -> module of cosmos3_fast.kernels that holds its launcher
     "rms_norm": "rms_norm",
@@ -62,6 +63,7 @@ def backends(device: torch.device) -> dict[str, str]:
     fused = "torch reference" if _forced or device.type == "cpu" else "triton"
     rows = dict.fromkeys(_TRITON, fused)
     rows["image_to_tensor"] = "_C" if _extension_runs(device) else "torch reference"
+    rows["conv_input"] = "_C" if peer_kernels(device) else "torch reference"
     return rows
 
 
@@ -157,8 +159,54 @@ def unipc_step(
     run(velocity, sample, last_sample, x0_prev, x0_prev2, clean, noisy, coef, step, model_in)
 
 
-conv_input = _reference_conv.conv_input
-conv_edges = _reference_conv.conv_edges
+def conv_input(
+    x: torch.Tensor,
+    *,
+    prologue: str,
+    gamma: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    history: int = 0,
+    pad: tuple[int, int, int, int] = (0, 0, 0, 0),
+    axis: int = 3,
+    before: torch.Tensor | None = None,
+    after: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The padded channels-last input of a convolution of x [1, C, T, H, W], prologue applied."""
+    run = halo.conv_input if peer_kernels(x.device) else _reference_conv.conv_input
+    return run(
+        x,
+        prologue=prologue,
+        gamma=gamma,
+        bias=bias,
+        history=history,
+        pad=pad,
+        axis=axis,
+        before=before,
+        after=after,
+    )
+
+
+def conv_edges(
+    x: torch.Tensor,
+    *,
+    prologue: str,
+    gamma: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    axis: int = 3,
+    before: int = 0,
+    after: int = 0,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The first `before` and last `after` rows of a strip as its neighbours pad with them."""
+    run = halo.conv_edges if peer_kernels(x.device) else _reference_conv.conv_edges
+    return run(x, prologue=prologue, gamma=gamma, bias=bias, axis=axis, before=before, after=after)
+
+
+conv_input_exchange = halo.conv_input_exchange
+
+
+def peer_kernels(device: torch.device) -> bool:
+    """Whether `_C`'s kernels run there: they store strips' edges straight into peers' memory."""
+    return device.type == "cuda" and _extension_runs(device)
 
 
 def _extension_runs(device: torch.device) -> bool:
