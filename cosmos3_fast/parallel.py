@@ -214,8 +214,10 @@ class Mesh:
         tensor.zero_()
         part = Symmetric(tensor, tuple(handle.buffer_ptrs), axis, handle)
         self._registered[tensor.untyped_storage().data_ptr()] = part
+        # Nobody stores into a peer's memory before it is zeroed. Not `barrier`: the ranks of the
+        # other guidance branch, whose prompt may be cached, do not come here.
+        dist.all_reduce(torch.zeros(1, device=self.device), group=group)
         torch.cuda.synchronize(self.device)
-        self.barrier()
         return part
 
     def scratch(
