@@ -69,21 +69,21 @@ def agree(
     held: Mapping[str, str],
     *,
     error: BaseException | str | None = None,
-    state: Mapping[str, bool] | None = None,
-) -> dict[str, bool]:
+    state: Mapping[str, bool | None] | None = None,
+) -> dict[str, bool | None]:
     """Compare `held` ({field: digest}, see `facts`) over all ranks; a collective on the host.
 
     `error`: what went wrong on this rank before; then `held` and `state` count for nothing.
-    `state`: what this rank could do from what it holds (prompt cached, graph captured), the same
-    names on all ranks. Returns {name: True where every rank said True}: what all ranks may do
-    together.
+    `state`: what this rank holds (prompt cached, graph captured), None where it does not need it;
+    the same names on all ranks. Returns {name: True or False where the ranks that need it say so
+    alike (True where none does), None where they differ}.
 
     Raises the same ValueError on every rank: the text of every failed rank, or the fields that
     differ with each value and its ranks. After it every rank is ready for the next request.
     """
     word = "" if error is None else _word(error)
     whole = hashlib.sha256(json.dumps(dict(held), sort_keys=True).encode()).hexdigest()[:32]
-    flags = {name: bool(flag) for name, flag in (state or {}).items()}
+    flags = dict(state or {})
     cards = mesh.gather_objects([word, whole, flags])
     words = [card[0] for card in cards]
     if mesh.world_size == 1 and isinstance(error, BaseException):
@@ -96,7 +96,11 @@ def agree(
         raise ValueError(f"the ranks disagree: {_differences(mesh.gather_objects(dict(held)))}")
     states = [card[2] for card in cards]
     assert all(set(one) == set(flags) for one in states), f"state differs in its names: {states}"
-    return {name: all(one[name] for one in states) for name in flags}
+    said = {name: {one[name] for one in states} - {None} for name in flags}
+    return {
+        name: None if len(all_said) > 1 else False not in all_said
+        for name, all_said in said.items()
+    }
 
 
 def _word(error: BaseException | str) -> str:

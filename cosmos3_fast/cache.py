@@ -31,6 +31,10 @@ class BoundedCache(Generic[V]):
         self._values.move_to_end(key)
         return self._values[key]
 
+    def peek(self, key: Hashable) -> V | None:
+        """The value if it is there; it does not count as used."""
+        return self._values.get(key)
+
     def forget(self, key: Hashable) -> None:
         """Drop one value if it is there."""
         if key in self._values:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar, cast
@@ -73,7 +74,7 @@ class Engine:
         self.times: dict[str, float] = {}
         self.load_reports: dict[str, LoadReport] = {}
         self.vae: WanVAE | None = None
-        self._failed, self._requests = "", 0
+        self._failed, self._requests, self._warned = "", 0, False
         runtime = args.config.runtime
         self._runners = BoundedCache[StepRunner](runtime.max_graphs, StepRunner.close)
         self._encoders = BoundedCache[Encoder](MAX_ENCODERS, lambda pair: pair[1].reset())
@@ -148,7 +149,7 @@ class Engine:
         `on_step(i)` is called as step i is issued.
         """
         if self._failed:
-            raise RuntimeError(f"this engine must be rebuilt: {self._failed}")
+            self._fail_again()
         assert self._watchdog is not None
         plan, prepared = self._agree(request)
         self._requests += 1
@@ -243,10 +244,20 @@ class Engine:
                 progress=progress_bar(name) if show else None,
             )
 
+    def _fail_again(self) -> NoReturn:
+        """Refuse to go on; ranks that did not fail get a ValueError instead of waiting for this
+        one.
+        """
+        error = RuntimeError(f"this engine must be rebuilt: {self._failed}")
+        if self.mesh.channel is not None:
+            with suppress(ValueError):
+                agreement.agree(self.mesh, {}, error=error)
+        raise error
+
     def _agree(self, request: Cosmos3ActionRequest) -> tuple[denoise.Plan, bool]:
         """Check the request here and its digest across ranks; every rank raises, or none.
 
-        The plan, and whether every rank has a runner for its shape.
+        The plan, and whether every rank has prepared its steps.
         """
         plan, error = None, None
         try:
@@ -257,26 +268,40 @@ class Engine:
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         compare = error is None and self.mesh.world_size > 1
-        held = agreement.facts(request) if compare else {}
-        state = {}
-        if plan is not None:
-            needed = plan.branches(self.mesh)  # differ between the cfg groups
-            state = {
-                f"prompt {i}": i not in needed or ids in self._prompts
-                for i, ids in enumerate(plan.prompts)
-            }
-            state["runner"] = plan.key in self._runners
-        together = agreement.agree(self.mesh, held, error=error, state=state)
+        facts = agreement.facts(request) if compare else {}
+        state = {} if plan is None else self._state(plan, request)
+        together = agreement.agree(self.mesh, facts, error=error, state=state)
         assert plan is not None
-        if together != state:
-            self._forget(plan)
-        return plan, together["runner"]
+        if None in together.values():
+            self._forget()
+        if self.mesh.cfg_size == 2 and not any(plan.guided) and not self._warned:
+            self._warned = True
+            if self.mesh.rank == 0:
+                log.warning("no step is guided: with cfg_size 2 the second group adds nothing")
+        return plan, all(held for name, held in together.items() if "prompt" not in name)
 
-    def _forget(self, plan: denoise.Plan) -> None:
-        """Ranks differ in what they have cached: all of them start this request without it."""
-        for ids in plan.prompts:
-            self._prompts.forget(ids)
-        self._runners.forget(plan.key)
+    def _state(self, plan: denoise.Plan, request: Cosmos3ActionRequest) -> dict[str, bool | None]:
+        """Which of the things whose making is a collective this rank has; None for a prompt that
+        only the other guidance branch needs.
+        """
+        branches = plan.branches(self.mesh)  # differ between the cfg groups
+        held: dict[str, bool | None] = {
+            f"prompt {i}": ids in self._prompts if i in branches else None
+            for i, ids in enumerate(plan.prompts)
+        }
+        runner, pixels = self._runners.peek(plan.key), _clip(request, plan.layout)
+        for guided in set(plan.guided):
+            held[f"step {guided}"] = runner is not None and runner.prepared(guided)
+        if pixels is not None:
+            held["encoder"] = tuple(pixels.shape) in self._encoders
+        return held
+
+    def _forget(self) -> None:
+        """Ranks differ in what they have cached: all of them go on from nothing, so that they stay
+        equal in what their caches drop later, too.
+        """
+        for cache in (self._runners, self._encoders, self._prompts):
+            cache.clear()
 
     def _run(
         self,
@@ -334,17 +359,15 @@ class Engine:
 
     def _clean(self, request: Cosmos3ActionRequest, layout: Layout) -> torch.Tensor:
         """float32 [N]: the clean values of the state, pixels encoded where they are given."""
-        given = request.cond_video_latents
-        if given is None and layout.clean_frames:
-            assert request.cond_video_pixels is not None
-            given = self._encode(request.cond_video_pixels, layout.clean_frames[-1])
+        pixels = _clip(request, layout)
+        given = request.cond_video_latents if pixels is None else self._encode(pixels)
         actions = request.cond_action if request.mode == "forward_dynamics" else None
         return latents.clean_state(layout, given, actions, request.clean_action, self.device)
 
-    def _encode(self, pixels: torch.Tensor, last_frame: int) -> torch.Tensor:
-        """Latents of the causal prefix that latent frames 0..last_frame need."""
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised latents of pixels [1, 3, T, H, W], uint8 or in [-1, 1]."""
         assert self.vae is not None
-        vae, pixels = self.vae, pixels[:, :, : 1 + TEMPORAL_FACTOR * last_frame].to(self.device)
+        vae, pixels = self.vae, pixels.to(self.device)
         if pixels.dtype == torch.uint8:
             pixels = ops.image_to_tensor(pixels[0].permute(1, 2, 3, 0))[None]
 
@@ -362,3 +385,11 @@ class Engine:
     ) -> torch.Tensor:
         video, action = (torch.from_numpy(part).to(self.device) for part in noise.result())
         return latents.flatten(video, action, layout)
+
+
+def _clip(request: Cosmos3ActionRequest, layout: Layout) -> torch.Tensor | None:
+    """The pixels that must be encoded: the causal prefix of the last clean frame, or None."""
+    if request.cond_video_latents is not None or not layout.clean_frames:
+        return None
+    assert request.cond_video_pixels is not None
+    return request.cond_video_pixels[:, :, : 1 + TEMPORAL_FACTOR * layout.clean_frames[-1]]

@@ -196,6 +196,10 @@ class StepRunner:
         self._steps[guided] = Captured(lambda: self._step(guided), self.model.device, self._capture)
         return True
 
+    def prepared(self, guided: bool) -> bool:
+        """Whether a step is ready to run."""
+        return guided in self._steps
+
     def step(self, guided: bool) -> None:
         """One prepared denoising step: network, guidance, solver, and the step counter."""
         self._steps[guided]()

@@ -51,6 +51,8 @@ def case_agree() -> dict[str, object]:
         ),
         "all": _said(mesh, {}, error=ValueError("bad") if rank % 2 else "worse"),
         "state": _said(mesh, facts(_request()), state={"prompt": rank != 3, "graph": True}),
+        "nobody": _said(mesh, facts(_request()), state={"prompt": False, "graph": None}),
+        "branch": _said(mesh, facts(_request()), state={"prompt": None if rank < 2 else False}),
         "next": _said(mesh, facts(_request()), state={"prompt": True}),
     }
     held = facts(_request())
@@ -79,7 +81,9 @@ EXPECTED = {
     "missing": "the ranks disagree: steps is 4 on ranks 0, 2, 3 and absent on rank 1",
     "file": "rank 1: OSError: no a.png",
     "all": "rank 0: worse; rank 1: bad; rank 2: worse; rank 3: bad",
-    "state": {"prompt": False, "graph": True},
+    "state": {"prompt": None, "graph": True},
+    "nobody": {"prompt": False, "graph": True},
+    "branch": {"prompt": False},
     "next": {"prompt": True},
 }
 
