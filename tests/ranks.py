@@ -14,6 +14,7 @@ group. `Launch` is for tests that end ranks themselves.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -80,7 +81,8 @@ class Launch:
 
     def __exit__(self, *_: object) -> None:
         while self.alive():
-            os.killpg(self.leader, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # they ended while we looked
+                os.killpg(self.leader, signal.SIGKILL)
             time.sleep(0.01)
         self._folder.cleanup()
 

@@ -171,13 +171,10 @@ def test_the_defaults_are_the_example_scripts():
     assert settings.args.prompt_format == "json" and settings.args.condition_frames is None
 
 
-def facts(text):
-    """`info`'s lines as a dict."""
-    return dict(line.split("  ", 1) for line in text.splitlines() if "  " in line)
-
-
 def lines(text):
-    return {name.strip(): value.strip() for name, value in facts(text).items()}
+    """`info`'s lines as a dict."""
+    pairs = (line.split("  ", 1) for line in text.splitlines())
+    return {name.strip(): value.strip() for name, value in pairs}
 
 
 def test_info_says_what_a_request_would_be(capsys):
@@ -190,7 +187,7 @@ def test_info_says_what_a_request_would_be(capsys):
     assert said["sigmas (native)"] == "0.9998 0.937265 0.833055 0.624687 0"
     assert said["timesteps"] == "999 937 833 624" and said["network calls"] == "8"
     assert '"aspect_ratio": "4,3"' in said["prompt"]
-    assert said["prompt keys and values"].endswith("(capacity 1024 tokens)")
+    assert said["prompt keys and values"] == "0.4 MB (capacity 256 tokens)"
 
 
 def test_info_needs_no_weights(tmp_path, capsys, files):
