@@ -254,7 +254,7 @@ void launch_by_channels(const Write& write, int device, cudaStream_t stream) {
 }  // namespace
 
 void write_cuda(const Write& write, int device, std::uintptr_t stream) {
-    COSMOS3_CUDA_CHECK(cudaSetDevice(device));
+    const DeviceGuard guard(device);
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
     if (write.dtype == kFloat32) return launch_by_channels<float>(write, device, on);
     if (write.dtype == kFloat16) return launch_by_channels<__half>(write, device, on);

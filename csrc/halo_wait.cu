@@ -85,7 +85,7 @@ void launch_wait(const Wait& wait, int device, cudaStream_t stream) {
 }  // namespace
 
 void wait_cuda(const Wait& wait, int device, std::uintptr_t stream) {
-    COSMOS3_CUDA_CHECK(cudaSetDevice(device));
+    const DeviceGuard guard(device);
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
     const int64_t bytes = int64_t(wait.plan.channels) * wait.element_bytes;
     if (bytes % 16 == 0 && aligned(wait.out)) return launch_wait<uint4>(wait, device, on);
