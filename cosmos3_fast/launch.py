@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _LINGER_S = 5.0  # how long rank 0 keeps the store alive for the others to read a verdict
 _generation = itertools.count()  # equal on all ranks: meshes are made in the same order
+# The store that rank 0 hosts outside torchrun lives as long as its process: a rank that makes its
+# next mesh before rank 0 has closed the last would else meet the old store, and lose it.
+_hosted: list[dist.Store] = []
 
 
 def _seconds(seconds: float) -> timedelta:
@@ -113,6 +116,7 @@ def _meet(config: ParallelConfig, timeout: float) -> tuple[dist.Store, dist.Stor
     limit = _seconds(timeout)
     try:
         store, rank, _ = next(dist.rendezvous("env://", world_size=1, timeout=limit))
+        _hosted[:] = _hosted or [store]
         own, _, size = next(dist.rendezvous("env://", rank=1, timeout=limit))
     except ValueError as error:
         raise ValueError(
