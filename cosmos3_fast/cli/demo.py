@@ -1,6 +1,4 @@
-"""Run all three modes on a tiny random checkpoint and a rendered scene; needs no download and no
-GPU.
-"""
+"""Run all three modes on a tiny random checkpoint and a rendered scene: no download, no GPU."""
 
 from __future__ import annotations
 
