@@ -19,8 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention_continue import ContinueTile, attention_continue, launch_continue
 from .causal_attention import causal_attention
-from .online_softmax import Tile, check_heads, descriptor, log2_scale, over_blocks
+from .online_softmax import Tile, check_heads, check_und, descriptor, is_flat, log2_scale, over_keys
 
 __all__ = [
     "attention",
@@ -32,128 +33,67 @@ __all__ = [
 ]
 
 
-# By bytes of an element. 64 x 64 with 4 warps and 3 stages won at D, E and S on the H200. float32
-# runs on FMA units: a larger block spills its registers.
-TILES = {2: Tile(64, 64, 4, 3), 4: Tile(16, 32, 8, 1)}
-CONTINUE_TILES = {2: Tile(64, 64, 4, 3), 4: Tile(16, 32, 8, 1)}
+# By bytes of an element. 64 x 64 with 4 warps and 3 stages, keys by TMA, is the fastest or within a
+# percent of it at every row below (H200). float32 runs on FMA units: a larger block spills.
+TILES = {2: Tile(64, 64, 4, 3, tma=True), 4: Tile(16, 32, 8, 1)}
 
-# Which one runs, by (query tokens, GEN keys) of one batch element; elsewhere the nearest row in log
-# scale. `python tests/gpu_kernels.py` prints rows; these are of a plain Triton kernel against cuDNN
-# over all keys, without the continuation (H200, 32 query and 8 key/value heads of 128): 20 against
-# 19 us at 406, 180 against 130 at 1966, 400 against 321 at 3093.
+# Which one runs, by (query tokens, GEN keys, batch x query heads); elsewhere the nearest row in log
+# scale. `python tests/gpu_kernels.py` prints rows. H200, head_dim 128, 4 query heads a key/value
+# head, 160 UND keys, microseconds of Triton, of cuDNN with its continuation.
 ATTENTION_CHOICE = {
-    (406, 406): "triton",
-    (774, 3093): "cudnn",
-    (1547, 3093): "cudnn",
-    (1966, 1966): "cudnn",
-    (3093, 3093): "cudnn",
+    (406, 406, 32): "triton",  # 18.0, 23.0
+    (1547, 1547, 32): "triton",  # 103.0, 121.8
+    (1966, 1966, 32): "cudnn",  # 158.6, 154.6
+    (3093, 3093, 8): "cudnn",  # 114.6, 108.1
+    (3093, 3093, 16): "triton",  # 184.4, 205.6
+    (3093, 3093, 32): "cudnn",  # 376.1, 373.3
+    (3093, 3093, 64): "cudnn",  # 752.2, 717.1
 }
-
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _over_keys(
-    acc, top, total, q, k_ptr, v_ptr, k_row, v_row, k_desc, v_desc, desc_row, desc_column,
-    length, token, scale,
-    DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """The online softmax over the first length keys: whole blocks without masks, then the tail."""
-    whole = length // KEYS * KEYS
-    acc, top, total = over_blocks(
-        acc, top, total, q, k_ptr, v_ptr, k_row, v_row, k_desc, v_desc, desc_row, desc_column,
-        0, whole, token, scale, DIM, KEYS, STAGES, False, False, TMA,
-    )  # fmt: skip
-    return over_blocks(
-        acc, top, total, q, k_ptr, v_ptr, k_row, v_row, None, None, 0, 0,
-        whole, length, token, scale, DIM, KEYS, 1, True, False, False,
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "gen_keys", "capacity"])
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, und_k_ptr, und_v_ptr, und_len_ptr, before_ptr, lse_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, und_k_ptr, und_v_ptr, und_len_ptr, out_ptr,
     k_desc, v_desc, und_k_desc, und_v_desc,
     q_batch, q_row, k_batch, k_row, v_batch, v_row, und_k_batch, und_k_row, und_v_batch, und_v_row,
-    before_batch, before_row, out_batch, out_row, tokens, gen_keys, capacity, scale,
-    GROUP: tl.constexpr, DIM: tl.constexpr, CONTINUE: tl.constexpr, STORE_LSE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    out_batch, out_row, tokens, gen_keys, capacity, scale,
+    GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    TAIL: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     kv_head, element = tl.program_id(1), tl.program_id(2)
     batch = element.to(tl.int64)
+    und_len = tl.load(und_len_ptr + batch)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, DIM)
     token = row // GROUP
-    head = kv_head * GROUP + row % GROUP
     inside = (token < tokens)[:, None]
-    here = (head * DIM)[:, None] + at[None, :]
+    here = ((kv_head * GROUP + row % GROUP) * DIM)[:, None] + at[None, :]
     rows = token[:, None].to(tl.int64)
     q = tl.load(q_ptr + batch * q_batch + rows * q_row + here, mask=inside, other=0.0)
-    lse_ptr += (batch * tl.num_programs(1) * GROUP + head) * tokens + token
-    if CONTINUE:
-        before_ptr += batch * before_batch + rows * before_row + here
-        acc = tl.load(before_ptr, mask=inside, other=0.0).to(tl.float32)
-        top = tl.load(lse_ptr, mask=token < tokens, other=0.0) * _LOG2E
-        total = tl.full([ROWS], 1.0, tl.float32)
-    else:
-        acc = tl.zeros([ROWS, DIM], tl.float32)
-        top = tl.full([ROWS], -float("inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        k_ptr += batch * k_batch + kv_head * DIM
-        v_ptr += batch * v_batch + kv_head * DIM
-        acc, top, total = _over_keys(
-            acc, top, total, q, k_ptr, v_ptr, k_row, v_row, k_desc, v_desc,
-            element * gen_keys, kv_head * DIM, gen_keys, token, scale, DIM, KEYS, STAGES, TMA,
-        )  # fmt: skip
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    k_ptr += batch * k_batch + kv_head * DIM
+    v_ptr += batch * v_batch + kv_head * DIM
+    acc, top, total = over_keys(
+        acc, top, total, q, k_ptr, v_ptr, k_row, v_row, k_desc, v_desc,
+        element * gen_keys, kv_head * DIM, gen_keys, token, scale, DIM, KEYS, TAIL, STAGES, TMA,
+    )  # fmt: skip
     und_k_ptr += batch * und_k_batch + kv_head * DIM
     und_v_ptr += batch * und_v_batch + kv_head * DIM
-    und_len = tl.load(und_len_ptr + batch)
-    acc, top, total = _over_keys(
+    acc, top, total = over_keys(
         acc, top, total, q, und_k_ptr, und_v_ptr, und_k_row, und_v_row, und_k_desc, und_v_desc,
-        element * capacity, kv_head * DIM, und_len, token, scale, DIM, KEYS, STAGES, TMA,
+        element * capacity, kv_head * DIM, und_len, token, scale, DIM, KEYS, TAIL, STAGES, TMA,
     )  # fmt: skip
     out_ptr += batch * out_batch + rows * out_row + here
     tl.store(out_ptr, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
-    if STORE_LSE:
-        tl.store(lse_ptr, (top + tl.math.log2(total)) * _LN2, mask=token < tokens)
 
 
-def _check_und(q, k, v, und_k, und_v, und_len, out) -> None:
-    check_heads(q, k, v, und_k, und_v, out)
-    batch, _, heads, _ = q.shape
-    assert k.shape == v.shape and und_k.shape == und_v.shape, (k.shape, v.shape, und_v.shape)
-    assert k.shape[0] == und_k.shape[0] == batch, (q.shape, k.shape, und_k.shape)
-    assert k.shape[2] == und_k.shape[2] and heads % k.shape[2] == 0, (q.shape, k.shape)
-    assert out.shape == q.shape and k.shape[1] >= 1, (out.shape, q.shape, k.shape)
-    assert und_len.shape == (batch,) and und_len.is_contiguous(), und_len.shape
-    assert und_len.dtype == torch.int32 and und_len.device == q.device, und_len.dtype
-
-
-def _launch(q, k, v, und_k, und_v, und_len, before, lse, out, tile) -> torch.Tensor:
-    """lse None: softmax from the start over k, v; else continued from (before, lse)."""
-    (batch, tokens, heads, dim), kv_heads = q.shape, und_k.shape[2]
-    group = heads // kv_heads
-    if tokens * batch:
-        _attention_kernel[(triton.cdiv(tokens * group, tile.rows), kv_heads, batch)](
-            *(q, k, v, und_k, und_v, und_len, before, q if lse is None else lse, out),
-            *(descriptor(x, tile.keys) if tile.tma else None for x in (k, v, und_k, und_v)),
-            *(s for x in (q, k, v, und_k, und_v, before, out) for s in x.stride()[:2]),
-            tokens,
-            k.shape[1],
-            und_k.shape[1],
-            log2_scale(dim),
-            GROUP=group,
-            DIM=dim,
-            CONTINUE=lse is not None,
-            STORE_LSE=lse is not None,
-            ROWS=tile.rows,
-            KEYS=tile.keys,
-            STAGES=tile.stages,
-            TMA=tile.tma,
-            num_warps=tile.warps,
-        )
-    return out
+def _check(q, k, v, und_k, und_v, und_len, out) -> None:
+    check_und(q, und_k, und_v, und_len, out)
+    check_heads(q, k, v)
+    assert k.shape == v.shape and k.shape[::2] == und_k.shape[::2], (k.shape, v.shape, und_k.shape)
+    assert k.shape[1] >= 1, k.shape
 
 
 def attention_triton(
@@ -167,37 +107,36 @@ def attention_triton(
     out: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """`attention` in one Triton launch; shapes as there."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    _check_und(q, k, v, und_k, und_v, und_len, out)
-    tile = tile or TILES[q.element_size()]
-    return _launch(q, k, v, und_k, und_v, und_len, q, None, out, tile)
+    """`attention` in one Triton launch; shapes as there.
 
-
-def attention_continue(
-    q: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    und_k: torch.Tensor,
-    und_v: torch.Tensor,
-    und_len: torch.Tensor,
-    *,
-    tile: Tile | None = None,
-) -> None:
-    """Continue over the UND keys, in place, the softmax that gave out [B, M, Hq, D].
-
-    lse [B, Hq, M] float32 contiguous: natural log of the sum of exponentials of the scaled scores
-    so far. Both are overwritten; with und_len 0 out keeps its bits. The rest as in `attention`.
+    Without a tile, keys that TMA cannot read go by plain loads, to the same bits.
     """
-    _check_und(q, und_k, und_v, und_k, und_v, und_len, out)
-    _check_lse(q, lse)
-    tile = tile or CONTINUE_TILES[q.element_size()]
-    _launch(q, und_k, und_v, und_k, und_v, und_len, out, lse, out, tile)
-
-
-def _check_lse(q: torch.Tensor, lse: torch.Tensor) -> None:
-    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1]), (lse.shape, q.shape)
-    assert lse.is_contiguous() and lse.dtype == torch.float32, (lse.stride(), lse.dtype)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    _check(q, k, v, und_k, und_v, und_len, out)
+    (batch, tokens, heads, dim), kv_heads = q.shape, k.shape[2]
+    if tile is None:
+        tile = TILES[q.element_size()]
+        tile = tile._replace(tma=tile.tma and all(map(is_flat, (k, v, und_k, und_v))))
+    group = heads // kv_heads
+    if tokens * batch:
+        _attention_kernel[(triton.cdiv(tokens * group, tile.rows), kv_heads, batch)](
+            *(q, k, v, und_k, und_v, und_len, out),
+            *(descriptor(x, tile.keys) if tile.tma else None for x in (k, v, und_k, und_v)),
+            *(s for x in (q, k, v, und_k, und_v, out) for s in x.stride()[:2]),
+            tokens,
+            k.shape[1],
+            und_k.shape[1],
+            log2_scale(dim),
+            GROUP=group,
+            DIM=dim,
+            ROWS=tile.rows,
+            KEYS=tile.keys,
+            TAIL=tile.tail,
+            STAGES=tile.stages,
+            TMA=tile.tma,
+            num_warps=tile.warps,
+        )
+    return out
 
 
 def attention_cudnn(
@@ -209,29 +148,31 @@ def attention_cudnn(
     und_len: torch.Tensor,
     *,
     out: torch.Tensor | None = None,
-    tile: Tile | None = None,
+    tile: ContinueTile | None = None,
 ) -> torch.Tensor:
     """`attention` by cuDNN over the GEN keys, continued by Triton over the UND keys.
 
     2-byte dtypes. cuDNN takes grouped heads as they are, lays its output out like q and keeps its
-    plans per thread: run it once in the capturing thread before a capture.
+    plans per thread: run it once in the capturing thread before a capture. Without out, Triton
+    continues in cuDNN's own output, much of which is still in L2.
     """
-    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    _check_und(q, k, v, und_k, und_v, und_len, out)
+    _check(q, k, v, und_k, und_v, und_len, q if out is None else out)
     assert q.element_size() == 2, f"cuDNN attention needs a 2-byte dtype, not {q.dtype}"
     queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
     result = torch.ops.aten._scaled_dot_product_cudnn_attention(
         queries, keys, values, None, True, scale=q.shape[3] ** -0.5
     )
     before, lse = result[0].transpose(1, 2), result[1].view(q.shape[0], q.shape[2], q.shape[1])
-    assert before.stride()[2:] == (q.shape[3], 1), before.stride()
-    tile = tile or CONTINUE_TILES[2]
-    return _launch(q, und_k, und_v, und_k, und_v, und_len, before, lse, out, tile)
+    out = before if out is None else out
+    launch_continue(q, before, lse, und_k, und_v, und_len, out, store_lse=False, tile=tile)
+    return out
 
 
-def attention_choice(tokens: int, keys: int) -> str:
-    """ "triton" or "cudnn": the row of ATTENTION_CHOICE nearest to (tokens, keys) in log scale."""
-    here = math.log(tokens), math.log(keys)
+def attention_choice(tokens: int, keys: int, work: int) -> str:
+    """ "triton" or "cudnn": the row of ATTENTION_CHOICE nearest to (query tokens, GEN keys, batch x
+    query heads) in log scale.
+    """
+    here = [math.log(n) for n in (tokens, keys, work)]
     nearest = min(ATTENTION_CHOICE, key=lambda row: math.dist(here, [math.log(n) for n in row]))
     return ATTENTION_CHOICE[nearest]
 
@@ -251,6 +192,7 @@ def attention(
     und_len [B] int32 on the device, 0 to C, which is not checked. Batch and row may be strided,
     heads are packed; N >= 1. What runs is a matter of the shapes and the dtype alone.
     """
-    if q.element_size() == 2 and attention_choice(q.shape[1], k.shape[1]) == "cudnn":
+    work = q.shape[0] * q.shape[2]
+    if q.element_size() == 2 and attention_choice(q.shape[1], k.shape[1], work) == "cudnn":
         return attention_cudnn(q, k, v, und_k, und_v, und_len, out=out)
     return attention_triton(q, k, v, und_k, und_v, und_len, out=out)

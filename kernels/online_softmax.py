@@ -6,8 +6,8 @@ For rows of queries q, over keys j in [start, stop), with s = scale q . k[j] (lo
     acc' = acc 2^(top - top') + sum_j 2^(s - top') v[j]
 
 Scores and sums are float32; the weights are rounded to v's dtype for the second product. Whole
-blocks are loaded without masks, by TMA if asked; TAIL blocks are masked, so that nothing at or past
-stop is read, NaN or not.
+blocks are loaded without masks, by TMA if asked; the rest by smaller blocks that are masked, so
+that nothing at or past stop is read, NaN or not.
 Source: FlashAttention-2 (Dao 2023), online softmax (Milakov and Gimelshein 2018).
 """
 
@@ -23,13 +23,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Tile(NamedTuple):
-    """Rows (token-head pairs) and keys of a block, warps, pipeline stages, keys loaded by TMA."""
+    """Rows (token-head pairs) and keys of a block, warps, pipeline stages, keys loaded by TMA, keys
+    of a masked block.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
     tma: bool = False
+    tail: int = 32
 
 
 @triton.jit
@@ -55,8 +58,11 @@ def over_blocks(
             k = k_desc.load([desc_row + first, desc_column]).T
         elif TAIL:
             k = tl.load(k_block, mask=(key < stop)[None, :], other=0.0)
+            v = tl.load(v_block, mask=(key < stop)[:, None], other=0.0)  # with k: one latency
         else:
             k = tl.load(k_block)
+            if STAGES == 1:
+                v = tl.load(v_block)
         scores = tl.dot(q, k, input_precision="ieee")
         if TAIL:
             scores = tl.where((key < stop)[None, :], scores, -float("inf"))
@@ -67,9 +73,7 @@ def over_blocks(
         kept = tl.math.exp2(top - new_top)
         if TMA:
             v = v_desc.load([desc_row + first, desc_column])
-        elif TAIL:
-            v = tl.load(v_block, mask=(key < stop)[:, None], other=0.0)
-        else:
+        elif not TAIL and STAGES > 1:
             v = tl.load(v_block)
         total = total * kept + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
@@ -77,15 +81,40 @@ def over_blocks(
     return acc, top, total
 
 
+@triton.jit
+def over_keys(
+    acc, top, total, q, k_ptr, v_ptr, k_row, v_row, k_desc, v_desc, desc_row, desc_column,
+    length, token, scale,
+    DIM: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """over_blocks on the first length keys: whole blocks of KEYS, then masked ones of TAIL."""
+    whole = length // KEYS * KEYS
+    acc, top, total = over_blocks(
+        acc, top, total, q, k_ptr, v_ptr, k_row, v_row, k_desc, v_desc, desc_row, desc_column,
+        0, whole, token, scale, DIM, KEYS, STAGES, False, False, TMA,
+    )  # fmt: skip
+    return over_blocks(
+        acc, top, total, q, k_ptr, v_ptr, k_row, v_row, None, None, 0, 0,
+        whole, length, token, scale, DIM, TAIL, 1, True, False, False,
+    )  # fmt: skip
+
+
 def log2_scale(dim: int) -> float:
     """D**-0.5 log2(e): scores in base 2."""
     return dim**-0.5 * math.log2(math.e)
 
 
+def is_flat(x: torch.Tensor) -> bool:
+    """Whether TMA can read x [B, N, Hk, D]: one stride over (B, N), everything at 16 bytes."""
+    aligned = (x.data_ptr() | x.stride(1) * x.element_size()) % 16 == 0
+    return aligned and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+
+
 def descriptor(x: torch.Tensor, keys: int) -> TensorDescriptor:
     """TMA descriptor of x [B, N, Hk, D], flat over (B, N), in blocks of `keys` rows of one head."""
     batch, rows, heads, dim = x.shape
-    assert batch == 1 or x.stride(0) == rows * x.stride(1), (x.shape, x.stride())
+    assert is_flat(x), (x.shape, x.stride(), x.data_ptr())
     return TensorDescriptor(x, [batch * rows, heads * dim], [x.stride(1), 1], [keys, dim])
 
 
@@ -97,3 +126,13 @@ def check_heads(q: torch.Tensor, *others: torch.Tensor) -> None:
         assert x.ndim == q.ndim and x.shape[-1] == dim, (x.shape, q.shape)
         assert x.stride(-1) == 1 and (x.stride(-2) == dim or x.shape[-2] == 1), x.stride()
         assert x.dtype == q.dtype and x.device == q.device, (x.dtype, q.dtype, x.device, q.device)
+
+
+def check_und(q, und_k, und_v, und_len, out) -> None:
+    """q and out [B, M, Hq, D] agree with und_k, und_v [B, C, Hk, D] and und_len [B] int32."""
+    check_heads(q, und_k, und_v, out)
+    batch, _, heads, _ = q.shape
+    assert und_k.shape == und_v.shape and und_k.shape[0] == batch, (q.shape, und_k.shape)
+    assert heads % und_k.shape[2] == 0 and out.shape == q.shape, (q.shape, und_k.shape, out.shape)
+    assert und_len.shape == (batch,) and und_len.is_contiguous(), und_len.shape
+    assert und_len.dtype == torch.int32 and und_len.device == q.device, und_len.dtype

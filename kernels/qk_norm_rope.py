@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 # (heads a program, warps)
-TILE = (16, 4)
+TILE = (8, 2)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 # (columns a program, warps) by bytes of an element.
-TILES = {2: (4096, 8), 4: (2048, 8)}
+TILES = {2: (1024, 4), 4: (2048, 8)}
 
 
 @triton.jit

@@ -39,7 +39,7 @@ GUIDANCE, SIGMA, C_SAMPLE, C_LAST, C_M1, C_M2, C_X0, P_SAMPLE, P_X0, P_M1 = (
 )
 
 # (elements a program, warps): a state has about 6e5 elements, so this is latency, not bandwidth.
-TILE = (1024, 4)
+TILE = (512, 4)
 
 
 @triton.jit

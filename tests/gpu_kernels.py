@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from gpu_kernels_checks import (
+    CONTINUE_TILES,
     DIM,
     HIDDEN,
     INNER,
@@ -55,13 +56,17 @@ ATTENTION_TILES = (
     Tile(128, 64, 8, 2),
     Tile(128, 128, 8, 2),
     Tile(64, 64, 4, 3, tma=True),
-    Tile(64, 64, 4, 2, tma=True),
+    Tile(64, 64, 4, 3, tma=True, tail=64),
+    Tile(64, 64, 4, 3, tma=True, tail=16),
+    Tile(64, 64, 4, 4, tma=True),
     Tile(128, 64, 8, 3, tma=True),
-    Tile(128, 128, 8, 2, tma=True),
 )
+COPY = 4.26e6  # bytes a microsecond of a copy
 
 
-def time_us(make: Callable[[], Callable[[], object]], nbytes: int, replays: int = 15) -> float:
+def time_us(
+    make: Callable[[], Callable[[], object]], nbytes: int, replays: int = 15, mode: str = "global"
+) -> float:
     """Median microseconds of a call; make() gives a call on inputs of its own, nbytes in size."""
     calls = [make() for _ in range(min(max(2, -(-L2_BYTES // nbytes)), 40))]
     for call in calls:
@@ -69,7 +74,7 @@ def time_us(make: Callable[[], Callable[[], object]], nbytes: int, replays: int 
     torch.cuda.synchronize()
     graph, times = torch.cuda.CUDAGraph(), []
     repeats = -(-20 // len(calls))
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=mode):
         for call in calls * repeats:
             call()
     for _ in range(replays + 3):
@@ -175,43 +180,62 @@ def time_memory_bound(rows: int, label: str) -> list[str]:
     return short
 
 
-def measure(tokens, keys, *, batch=1, heads=(QUERIES, KEYS), tiles=ATTENTION_TILES) -> str:
+def measure(tokens, keys, *, batch=1, heads=(QUERIES, KEYS)) -> str:
     """Time Triton and cuDNN + continue; print every setting and the row of ATTENTION_CHOICE."""
     flop = 4 * batch * tokens * (keys + UND) * DIM * heads[0]
     nbytes = 2 * batch * DIM * (2 * tokens * heads[0] + 2 * (keys + UND) * heads[1])
 
     def timed(path, **how) -> float:
         def make():
-            inputs = attention_inputs(batch, tokens, keys, [UND] * batch, heads)
-            return functools.partial(path, *inputs, out=torch.empty_like(inputs[0]), **how)
+            return functools.partial(
+                path, *attention_inputs(batch, tokens, keys, und, heads), **how
+            )
 
         return time_us(make, nbytes)
 
-    def host(q, k, v, und_k, und_v, und_len, out):
+    def over_gen(q, k, v, *_):
         queries, k, v = (x.transpose(1, 2) for x in (q, k, v))
         op = torch.ops.aten._scaled_dot_product_cudnn_attention
-        return op(queries, k, v, None, False, scale=DIM**-0.5)
+        return op(queries, k, v, None, True, scale=DIM**-0.5)
 
-    triton = {tile: timed(att.attention_triton, tile=tile) for tile in tiles}
-    cudnn = {tile: timed(att.attention_cudnn, tile=tile) for tile in tiles}
-    gen_only = timed(host)
+    und = [UND] * batch
+    triton = {tile: timed(att.attention_triton, tile=tile) for tile in ATTENTION_TILES}
+    cudnn = {tile: timed(att.attention_cudnn, tile=tile) for tile in CONTINUE_TILES}
+    gen_only = timed(over_gen)
     where = f"M={tokens} N={keys} B={batch} heads {heads[0]}/{heads[1]}"
-    for name, times in (("triton", triton), ("cudnn+continue", cudnn)):
-        print(
-            f"attention {where} {name}",
-            *(f"{tuple(s)}: {t:.1f}" for s, t in times.items()),
-            sep=" | ",
-        )
-    best = {
-        name: min(times, key=times.get) for name, times in (("triton", triton), ("cudnn", cudnn))
-    }
+    best = {}
+    for name, times in (("triton", triton), ("cudnn", cudnn)):
+        listed = (f"{tuple(s)}: {t:.1f}" for s, t in times.items())
+        print(f"attention {where} {name}", *listed, sep=" | ")
+        best[name] = min(times, key=times.get)
     us = {"triton": triton[best["triton"]], "cudnn": cudnn[best["cudnn"]]}
     choice = min(us, key=us.get)
-    print(f'    ({tokens}, {keys}): "{choice}",  # {where}: {us}', flush=True)
+    row = f'({tokens}, {keys}, {batch * heads[0]}): "{choice}",'
+    print(f"    {row}  # {us['triton']:.1f}, {us['cudnn']:.1f}", flush=True)
     return (
         f"attention {where}: triton {us['triton']:.1f} us {flop / us['triton'] / 1e6:.0f} TFLOP/s "
         f"{tuple(best['triton'])}; cudnn {us['cudnn']:.1f} us {flop / us['cudnn'] / 1e6:.0f} "
         f"{tuple(best['cudnn'])} (GEN alone {gen_only:.1f}) -> {choice}"
+    )
+
+
+def time_continue(tokens: int, *, batch=1, heads=(QUERIES, KEYS)) -> str:
+    """Every setting of attention_continue beside its bytes at the speed of a copy."""
+    nbytes = 2 * batch * DIM * (3 * tokens * heads[0] + 2 * UND * heads[1])
+    flop = 4 * batch * tokens * UND * DIM * heads[0]
+
+    def make(tile):
+        q, _, _, *und = attention_inputs(batch, tokens, 1, [UND] * batch, heads)
+        lse = torch.full((batch, heads[0], tokens), 8.0, device="cuda")
+        return functools.partial(att.attention_continue, q, q.clone(), lse, *und, tile=tile)
+
+    times = {t: time_us(lambda t=t: make(t), nbytes) for t in CONTINUE_TILES}
+    where = f"continue M={tokens} B={batch} heads {heads[0]}/{heads[1]}"
+    print(where, *(f"{tuple(s)}: {t:.1f}" for s, t in times.items()), sep=" | ", flush=True)
+    best = min(times, key=times.get)
+    return (
+        f"{where}: {times[best]:.1f} us {tuple(best)}; bytes {nbytes / COPY:.1f} us, "
+        f"{flop / times[best] / 1e6:.0f} TFLOP/s"
     )
 
 
@@ -240,22 +264,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="correctness only")
     parser.add_argument("--anyway", action="store_true", help="times in spite of failed checks")
-    parser.add_argument("--no-tma", action="store_true", help="leave the TMA form out")
+    parser.add_argument("--attention", action="store_true", help="time the attention alone")
     options = parser.parse_args()
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
-    failures = run_checks(tma=not options.no_tma)
+    failures = run_checks()
     if options.check or (failures and not options.anyway):
         return int(failures > 0)
-    tiles = tuple(t for t in ATTENTION_TILES if not (t.tma and options.no_tma))
-    short = [measure(m, m, tiles=tiles) for m in (ROWS["S"], 1547, ROWS["E"], ROWS["D"])]
-    few = tuple(t for t in tiles if (t.rows, t.keys, t.stages) in ((64, 64, 3), (128, 64, 3)))
-    short.append(measure(ROWS["D"], ROWS["D"], batch=2, tiles=few))
-    short.append(measure(ROWS["D"], ROWS["D"], heads=(16, 4), tiles=few))
-    short.append(measure(ROWS["D"], ROWS["D"], heads=(8, 2), tiles=few))
-    short += [time_causal(tokens) for tokens in (160, 1024, 4096)]
-    for label, rows in ROWS.items():
-        short += time_memory_bound(rows, label)
+    shapes = (
+        (ROWS["S"], {}),
+        (1547, {}),
+        (ROWS["E"], {}),
+        (ROWS["D"], {}),
+        (ROWS["D"], {"batch": 2}),
+        (ROWS["D"], {"heads": (16, 4)}),
+        (ROWS["D"], {"heads": (8, 2)}),
+        (ROWS["D"], {"heads": (16, 4), "batch": 2}),
+        (ROWS["E"], {"heads": (16, 4)}),
+    )
+    short = [time_continue(tokens, **shape) for tokens, shape in shapes]
+    short += [measure(tokens, tokens, **shape) for tokens, shape in shapes]
+    if not options.attention:
+        short += [time_causal(tokens) for tokens in (160, 1024, 4096)]
+        for label, rows in ROWS.items():
+            short += time_memory_bound(rows, label)
     print("---", *short, f"failed checks: {failures}", sep="\n", flush=True)
     return int(failures > 0)
 

@@ -23,6 +23,7 @@ from cosmos3_fast.kernels import (
     timestep_add,
     unipc_step,
 )
+from cosmos3_fast.kernels.attention_continue import ContinueTile
 from cosmos3_fast.kernels.online_softmax import Tile
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -32,11 +33,28 @@ STATE = 9 * 33 * 40 * 48 + 33 * 64  # values of D's latents and actions
 CAPACITY = 256
 
 
-def attention_tma(*inputs, **how) -> torch.Tensor:
-    return att.attention_triton(*inputs, **how, tile=Tile(64, 64, 4, 3, tma=True))
+CONTINUE_TILES = (
+    ContinueTile(64, 32, 4, 2),
+    ContinueTile(64, 32, 4, 2, registers=128),
+    ContinueTile(64, 32, 4, 3, registers=128),
+    ContinueTile(64, 32, 4, 1, registers=128),
+    ContinueTile(64, 32, 4, 2, late=True, registers=128),
+    ContinueTile(128, 32, 8, 2, registers=128),
+    ContinueTile(128, 32, 8, 3, registers=128),
+    ContinueTile(128, 32, 8, 1, registers=128),
+    ContinueTile(128, 32, 8, 2, late=True, registers=128),
+    ContinueTile(64, 16, 4, 3, registers=128),
+    ContinueTile(64, 64, 4, 2, registers=168),
+    ContinueTile(128, 64, 8, 2, registers=128),
+)
 
 
-PATHS = (att.attention_triton, att.attention_cudnn, attention_tma)
+def attention_plain(*inputs, **how) -> torch.Tensor:
+    """Without TMA."""
+    return att.attention_triton(*inputs, **how, tile=Tile(64, 64, 4, 3))
+
+
+PATHS = (att.attention_triton, att.attention_cudnn, attention_plain)
 
 
 def random(*shape: int, dtype=BF16) -> torch.Tensor:
@@ -159,14 +177,15 @@ def check_attention(paths, tokens: int, lengths: list[int], dtype: torch.dtype) 
     truth = host_attention(*double(*inputs[:5]), lengths)
     eager = host_attention(*inputs[:5], lengths)
     for path in paths if dtype == BF16 else paths[:1]:
+        name = getattr(path, "__name__", path)
         guarded = Guarded("cuda")
         out = guarded(*inputs[0].shape, dtype=dtype, gap=DIM)
         path(*inputs, out=out)
         try:
             assert_close(out, eager, truth)
         except AssertionError as error:
-            raise AssertionError(f"{path.__name__}: {error}") from error
-        assert torch.equal(path(*inputs), out), f"{path.__name__}: two runs differ"
+            raise AssertionError(f"{name}: {error}") from error
+        assert torch.equal(path(*inputs), out), f"{name}: two runs differ"
         guarded.check()
 
 
@@ -194,7 +213,7 @@ def check_causal(tokens: int, dtype: torch.dtype) -> None:
     guarded.check()
 
 
-def checks(paths: tuple[Callable, ...]) -> Iterator[tuple[str, Callable[[], None]]]:
+def checks() -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype in (BF16, F32):
         kind = str(dtype).removeprefix("torch.")
         for size, rows in ROWS.items():
@@ -209,18 +228,22 @@ def checks(paths: tuple[Callable, ...]) -> Iterator[tuple[str, Callable[[], None
             ("D", [160]),
             ("D", [256, 63]),
         ):
-            check = functools.partial(check_attention, paths, ROWS[size], lengths, dtype)
+            check = functools.partial(check_attention, PATHS, ROWS[size], lengths, dtype)
             yield f"attention {size} und {lengths} {kind}", check
         for tokens in (1, 160, 1000, 4096):
             yield f"causal {tokens} {kind}", functools.partial(check_causal, tokens, dtype)
-    for path in paths:
+    for tile in CONTINUE_TILES:
+        path = functools.partial(att.attention_cudnn, tile=tile)
+        check = functools.partial(check_attention, (path,), ROWS["S"], [160, 63], BF16)
+        yield f"continue {tuple(tile)}", check
+    for path in PATHS:
         yield f"replays {path.__name__}", functools.partial(check_replays, path)
 
 
-def run_checks(*, tma: bool) -> int:
+def run_checks() -> int:
     """Number of failed checks, each of them printed."""
     failures = total = 0
-    for name, check in checks(PATHS if tma else PATHS[:2]):
+    for name, check in checks():
         total += 1
         try:
             check()

@@ -24,7 +24,10 @@ KERNELS = (
     "attention-tma",
     "attention-float32",
     "attention_continue",
-    "causal_attention",
+    "attention_continue-float32",
+    "causal_attention-160",
+    "causal_attention-1024",
+    "causal_attention-4096",
     "causal_attention-float32",
     "silu_mul",
     "timestep_add",
@@ -38,6 +41,7 @@ def settings(name: str):
     """(kernel, types of arguments neither pointers to its dtype nor i32, constants, warps)."""
     from cosmos3_fast.kernels import (
         attention,
+        attention_continue,
         causal_attention,
         qk_norm_rope,
         rms_norm,
@@ -61,7 +65,7 @@ def settings(name: str):
         return silu_mul._silu_mul_kernel, {}, {"BLOCK": block}, warps
     if op == "timestep_add":
         types = {"step_ptr": "*i32", "noisy_ptr": "*u8"}
-        return timestep_add._timestep_add_kernel, types, {"BLOCK": 4096}, 4
+        return timestep_add._timestep_add_kernel, types, {"BLOCK": 4096}, 8
     if op == "unipc_step":
         block, warps = unipc_step.TILE
         floats = ("sample", "last_sample", "x0_prev", "x0_prev2", "clean", "coef")
@@ -69,25 +73,42 @@ def settings(name: str):
         types |= {"step_ptr": "*i32", "noisy_ptr": "*u8"}
         constants = {"GUIDED": variant == "2-branches", "BLOCK": block}
         return unipc_step._unipc_step_kernel, types, constants, warps
-    tables = {
-        "attention": attention.TILES,
-        "attention_continue": attention.CONTINUE_TILES,
-        "causal_attention": causal_attention.TILES,
-    }
-    tile = tables[op][4 if variant == "float32" else 2]._replace(tma=variant == "tma")
+    size = 4 if variant == "float32" else 2
     constants = {"GROUP": 4, "DIM": 128}
-    constants |= {"ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.stages}
     if op == "causal_attention":
+        tile = causal_attention.tile_for(int(variant), 2) if size == 2 else causal_attention.FLOAT32
+        constants |= {"ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.stages}
         return causal_attention._causal_kernel, {"scale": "fp32"}, constants, tile.warps
-    continued = op == "attention_continue"
-    constants |= {"CONTINUE": continued, "STORE_LSE": continued, "TMA": tile.tma}
-    types = {"und_len_ptr": "*i32", "lse_ptr": "*fp32", "scale": "fp32"}
+    types = {"und_len_ptr": "*i32", "scale": "fp32"}
+    if op == "attention_continue":
+        tile = attention_continue.TILES[size]
+        constants |= {"ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.stages}
+        constants |= {"LATE": tile.late, "STORE_LSE": False, "K_ROW": 1024, "V_ROW": 1024}
+        constants |= dict.fromkeys(("Q_ROW", "BEFORE_ROW", "OUT_ROW"), 4096)
+        return (
+            attention_continue._continue_kernel,
+            types | {"lse_ptr": "*fp32"},
+            constants,
+            tile.warps,
+        )
+    tile = attention.TILES[size]
+    tile = tile._replace(tma=variant == "tma")
+    constants |= {"ROWS": tile.rows, "KEYS": tile.keys, "TAIL": tile.tail, "STAGES": tile.stages}
+    constants |= {"TMA": tile.tma}
     descriptors = ("k_desc", "v_desc", "und_k_desc", "und_v_desc")
     if tile.tma:
         types |= dict.fromkeys(descriptors, f"tensordesc<bf16[{tile.keys}, 128]>")
     else:
         constants |= dict.fromkeys(descriptors)
     return attention._attention_kernel, types, constants, tile.warps
+
+
+def options(name: str) -> dict[str, int]:
+    """What its launcher asks of the compiler besides the warps."""
+    from cosmos3_fast.kernels import attention_continue
+
+    limit = attention_continue.TILES[4 if name.endswith("float32") else 2].registers
+    return {"maxnreg": limit} if name.startswith("attention_continue") and limit else {}
 
 
 def compile_for_h100(name: str) -> dict[str, int]:
@@ -106,7 +127,7 @@ def compile_for_h100(name: str) -> dict[str, int]:
     }
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", 90, 32)
-    built = triton.compile(source, target=target, options={"num_warps": warps})
+    built = triton.compile(source, target=target, options={"num_warps": warps} | options(name))
     return {"shared": built.metadata.shared, "size": len(built.asm["cubin"])}
 
 

@@ -278,8 +278,9 @@ def test_attention(case, dtype):
 
 @interpreted
 @dtypes
+@pytest.mark.parametrize("late", [False, True], ids=["out-first", "out-last"])
 @pytest.mark.parametrize("case", ATTENTION)
-def test_attention_continue(case, dtype):
+def test_attention_continue(case, late, dtype):
     q, k, v, und_k, und_v, und_len = inputs = attention_inputs(*ATTENTION[case], dtype)
     batch, tokens, queries, dim = q.shape
     nothing = torch.zeros_like(und_len)
@@ -292,9 +293,13 @@ def test_attention_continue(case, dtype):
     eager, eager_lse, exact_lse = before.to(dtype), lse.float(), lse.clone()
     reference.attention_continue(q, eager, eager_lse, und_k, und_v, und_len)
     reference.attention_continue(*double(q), before, exact_lse, *double(und_k, und_v), und_len)
-    kernel("attention").attention_continue(q, out, got_lse, und_k, und_v, und_len)
+    module = kernel("attention_continue")
+    tile = module.TILES[4]._replace(late=late)
+    module.attention_continue(q, out, got_lse, und_k, und_v, und_len, tile=tile)
     assert_close(out, eager, attention_outcomes(inputs)[1])
     assert_close(got_lse, eager_lse, exact_lse)
+    if not und_len.any():
+        assert torch.equal(out, before.to(dtype)), "nothing to add, and yet out has changed"
     guarded.check()
 
 
