@@ -1,7 +1,7 @@
 """Every bad input: a clear error that names what came, before any compute, and nothing is broken.
 
-Three tables: checkpoints (refused when the engine is built), requests, and what the command is
-given. The checks of each part stand in its own test file; here the whole path is walked.
+Two tables: checkpoints (refused when the engine is built) and requests; the command's stands in
+test_bad_commands.py. The checks of each part are tested beside it; here the whole path is walked.
 """
 
 import json
@@ -20,14 +20,9 @@ from engine_fixtures import (
     request,
     shared_engine,
 )
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cosmos3_fast import Cosmos3PolicyProcessor, Engine
-from cosmos3_fast.cli import main
-from cosmos3_fast.model import Cosmos3Transformer
-from cosmos3_fast.testing import make_tiny_checkpoint
-from cosmos3_fast.vae import WanVAE
 
 NAN = float("nan")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -253,178 +248,3 @@ def test_control_tokens_typed_in_a_prompt_stay_text():
         found = processor.preprocess({"images": image, "task": task}).text_ids[0].tolist()
         counts.append([found.count(token) for token in sorted(control)])
     assert counts[0] == counts[1]
-
-
-# --- the command
-
-
-@pytest.fixture
-def never_runs(monkeypatch):
-    """No network may run in these tests; loading the weights is all right."""
-
-    def fail(*_, **__):
-        raise AssertionError("a network ran before the input was refused")
-
-    monkeypatch.setattr(Cosmos3Transformer, "velocity", fail)
-    monkeypatch.setattr(Cosmos3Transformer, "encode_prompt", fail)
-    monkeypatch.setattr(WanVAE, "encode", fail)
-    monkeypatch.setattr(WanVAE, "decode", fail)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Good and bad observations and action files in one folder."""
-    folder = tmp_path_factory.mktemp("files")
-    Image.new("RGB", (64, 48), (200, 30, 30)).save(folder / "good.png")
-    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot a picture")
-    (folder / "empty.mp4").write_bytes(b"")
-    rows = [[0.1] * 10 for _ in range(4)]
-    documents = {
-        "nan": [[NAN] * 10, *rows[1:]],
-        "ragged": [[0.1] * 10, [0.1] * 9],
-        "wide": [[0.1] * 11] * 4,
-        "shape": {"shape": [1, 5, 10], "dtype": "float32", "data": rows},
-        "chunks": {"action_chunks": [rows]},
-        "good": rows,
-    }
-    for name, document in documents.items():
-        (folder / f"{name}.json").write_text(json.dumps(document))
-    (folder / "text.json").write_text("joints: 1 2 3")
-    (folder / "stats.json").write_text(json.dumps({"min": [0.0], "max": ["high"]}))
-    return folder
-
-
-GOOD = ("--image", "{files}/good.png")
-FORWARD = (*GOOD, "--mode", "forward_dynamics")
-COMMANDS = {
-    "no observation": ((), "pass exactly one of --image and --video"),
-    "two observations": ((*GOOD, "--video", "x.mp4"), "exactly one of --image and --video"),
-    "two images": (("--image", "a.png", "b.png"), "--image takes 1 image here, got 2"),
-    "unreadable image": (("--image", "{files}/broken.png"), "cannot read an image from .*broken"),
-    "no image": (("--image", "{files}/gone.png"), "cannot read an image from .*gone.png"),
-    "empty video": (("--video", "{files}/empty.mp4"), "cannot read a video from .*empty.mp4"),
-    "forward dynamics without actions": (FORWARD, "forward_dynamics needs --action-file"),
-    "actions with nan": (
-        (*FORWARD, "--action-file", "{files}/nan.json"),
-        "nan.json' has 10 values that are not finite, the first is nan in row 0, column 0",
-    ),
-    "ragged actions": (
-        (*FORWARD, "--action-file", "{files}/ragged.json"),
-        "ragged.json' is ragged: row 0 has 10 values, row 1 has 9",
-    ),
-    "too many columns": (
-        (*FORWARD, "--action-file", "{files}/wide.json"),
-        "cond_action has 11 columns, more than raw_action_dim 10",
-    ),
-    "actions of another shape": (
-        (*FORWARD, "--action-file", "{files}/shape.json"),
-        r"shape says \[1, 5, 10\], data has \[4, 10\]",
-    ),
-    "action chunk out of range": (
-        (*FORWARD, "--action-file", "{files}/chunks.json", "--action-chunk-index", "3"),
-        "action chunk 3 asked for, action_chunks holds 1",
-    ),
-    "actions that are no json": (
-        (*FORWARD, "--action-file", "{files}/text.json"),
-        "cannot read actions from .*text.json",
-    ),
-    "unknown domain": ((*GOOD, "--domain-name", "umbrella"), "unknown domain 'umbrella'"),
-    "condition frames out of range": (
-        (*GOOD, "--condition-frames", "0,2"),
-        r"cond_frame_indexes \[0, 2\] out of range: 5 frames have 2 latent frames",
-    ),
-    "condition frames in words": (
-        (*GOOD, "--condition-frames", "first"),
-        "--condition-frames takes comma-separated numbers, got 'first'",
-    ),
-    "half a condition frame": ((*GOOD, "--condition-frames", "0.5"), "takes integers, got '0.5'"),
-    "zero steps": ((*GOOD, "--steps", "0"), "num_inference_steps must be .* got 0"),
-    "chunk of 6": ((*GOOD, "--action-chunk-size", "6"), "multiple of 4, got 6"),
-    "empty prompt": ((*GOOD, "--prompt", " "), "must be an instruction that is not empty"),
-    "tier": ((*GOOD, "--image-size", "300"), "image_size 300 is no resolution tier"),
-    "canvas": (
-        (*GOOD, "--image-size", "0", "--height", "100"),
-        "canvas 100x832: height and width must be positive multiples of 16",
-    ),
-    "width of the domain": (
-        (*GOOD, "--raw-action-dim", "11"),
-        r"raw_action_dim 11 differs from \[10, 8\]",
-    ),
-    "interval of one number": (
-        (*GOOD, "--guidance-interval", "400"),
-        "--guidance-interval takes 2 numbers, got 1",
-    ),
-    "interval upside down": (
-        (*GOOD, "--guidance-interval", "900,100"),
-        r"guidance_interval must be \(lo, hi\) with lo < hi, got \(900.0, 100.0\)",
-    ),
-    "statistics": (
-        (*GOOD, "--action-stats-path", "{files}/stats.json"),
-        "stats.json': 'max' is no list of numbers",
-    ),
-    "shift": ((*GOOD, "--flow-shift", "-1"), "flow_shift must be positive, got -1.0"),
-    "ranks": ((*GOOD, "--cfg", "3"), "cfg_size must be 1 or 2"),
-    "device": ((*GOOD, "--device", "tpu"), "device target must be cpu, cuda or cuda:N, got 'tpu'"),
-    "results in a file": (
-        (*GOOD, "--out", "{files}/good.png/out"),
-        r"(File exists|Not a directory): '.*/good\.png'",
-    ),
-    "droid without a state": (
-        ("--preset", "droid", *GOOD),
-        "--preset droid needs --state",
-    ),
-    "droid with two images": (
-        ("--preset", "droid", "--state", "0", "--image", "a", "b"),
-        "--image takes 1 or 3 images here, got 2",
-    ),
-    "droid with seven numbers": (
-        ("--preset", "droid", "--state", "1,2,3,4,5,6,7", *GOOD),
-        "--state takes 8 numbers, got 7",
-    ),
-    "droid with nan": (
-        ("--preset", "droid", "--state", "1,2,3,4,5,6,7,nan", *GOOD),
-        "state has 1 values that are not finite",
-    ),
-}
-SMALL = (
-    "--image-size", "256", "--action-chunk-size", "4", "--domain-name", "droid_lerobot",
-    "--steps", "2",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(("flags", "message"), COMMANDS.values(), ids=COMMANDS)
-@pytest.mark.usefixtures("never_runs")
-def test_the_command_refuses_in_one_line_with_status_2(files, tmp_path, capsys, flags, message):
-    flags = [flag.format(files=files) for flag in flags]
-    small = () if "--preset" in flags else SMALL
-    base = ["--checkpoint", str(checkpoint()), "--out", str(tmp_path / "out")]
-    assert main(["run", *base, *small, *flags]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    said = [line for line in lines if line.startswith("cosmos3-fast run: ")]
-    assert len(said) == 1 and "Traceback" not in "".join(lines)
-    with pytest.raises(ValueError, match=message):
-        raise ValueError(said[0])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_vae_is_named_when_pixels_come(tmp_path, capsys, files):
-    folder = make_tiny_checkpoint(tmp_path / "tiny", kv_heads=2)
-    shutil.rmtree(folder / "vae")
-    base = ["run", "--checkpoint", str(folder), "--out", str(tmp_path / "out"), *SMALL]
-    image = ["--image", str(files / "good.png")]
-    assert main([*base, *image]) == 2
-    assert "decode_video needs" in capsys.readouterr().err
-    assert main([*base, *image, "--no-video"]) == 2
-    assert "cond_video_pixels need the checkpoint's vae/, which is missing" in (
-        capsys.readouterr().err
-    )
-
-
-@pytest.mark.parametrize("command", ["run", "info", "check"])
-def test_a_folder_that_is_no_checkpoint_is_named(tmp_path, capsys, command):
-    where = [str(tmp_path)] if command == "check" else ["--checkpoint", str(tmp_path)]
-    image = ["--image", "a.png"] if command == "run" else []
-    assert main([command, *where, *image]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"cosmos3-fast {command}: cannot read {tmp_path}/transformer")
-    assert len(said.splitlines()) == 1

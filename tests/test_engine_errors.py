@@ -1,0 +1,102 @@
+"""An engine after refusals and failures, results that are not finite, and its end."""
+
+import pytest
+import torch
+from engine_fixtures import (
+    counted,
+    engine_args,
+    equal,
+    request,
+    shared_engine,
+)
+
+from cosmos3_fast import DeviceConfig, Engine, denoise
+
+NAN = float("nan")
+
+
+def test_a_refused_request_leaves_the_engine_usable():
+    engine = shared_engine()
+    want = engine.step(request())
+    with counted(engine) as calls, pytest.raises(ValueError, match="num_inference_steps"):
+        engine.step(request(num_inference_steps=0))
+    assert not calls
+    assert equal(engine.step(request()), want)
+
+
+def test_an_error_in_the_middle_leaves_the_engine_usable():
+    engine = shared_engine()
+    want = engine.step(request())
+
+    def stop(step):
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        engine.step(request(seed=1), on_step=stop)
+    assert equal(engine.step(request()), want)
+
+
+def test_refuse_raises_what_it_is_given():
+    engine = shared_engine()
+    with pytest.raises(ValueError, match="unreadable"):
+        engine.refuse(ValueError("unreadable"))
+    engine.step(request())
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+def test_a_result_that_is_not_finite_is_not_returned(value):
+    with Engine(engine_args()) as engine:
+        want = engine.step(request())
+        weight = engine.model.proj_out.bias
+        before = weight[0].clone()
+        weight[0] = value
+        with pytest.raises(FloatingPointError, match="nothing is returned: video, state"):
+            engine.step(request(num_inference_steps=1))
+        weight[0] = before
+        assert equal(engine.step(request()), want)
+
+
+def test_a_nan_that_the_clamp_of_the_pixels_would_hide_is_found():
+    with Engine(engine_args(decode_video=True)) as engine:
+        with torch.no_grad():
+            next(engine.vae.decoder.parameters()).fill_(NAN)
+        with pytest.raises(FloatingPointError, match="nothing is returned: pixels"):
+            engine.step(request())
+
+
+def test_an_overflow_in_float16_is_found():
+    device = DeviceConfig("cpu", torch.float16)
+    with Engine(engine_args(device=device)) as engine:
+        engine.model.proj_out.weight.mul_(1e5)
+        assert torch.isfinite(engine.model.proj_out.weight).all()
+        with pytest.raises(FloatingPointError, match="not finite"):
+            engine.step(request())
+
+
+def test_require_finite_names_what_is_not():
+    good, bad = torch.zeros(3), torch.tensor([0.0, -float("inf")])
+    denoise.require_finite({"a": good})
+    with pytest.raises(FloatingPointError, match="nothing is returned: b, c"):
+        denoise.require_finite({"a": good, "b": bad, "c": bad})
+
+
+def test_after_close_requests_are_refused():
+    engine = Engine(engine_args())
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError, match="must be rebuilt: closed"):
+        engine.step(request())
+
+
+def test_with_closes_also_after_an_error():
+    with pytest.raises(KeyError), Engine(engine_args()) as engine:
+        raise KeyError
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.step(request())
+
+
+def test_a_checkpoint_that_cannot_be_read_leaves_nothing_open(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint folder .* does not exist"):
+        Engine(engine_args(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="checkpoint_dir is not set"):
+        Engine(engine_args(checkpoint_dir=None))
