@@ -74,6 +74,7 @@ class Watchdog:
         self._lost = ""  # why the store is gone
         self._answered = time.monotonic()  # when the store last did
         self._rounds = 0  # completed exchanges with the store
+        self._told: object = ""  # the state that the store has of this rank
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -125,6 +126,8 @@ class Watchdog:
         self._set(CLOSED, self._signs[self.rank].step, self._signs[self.rank].text)
         # Rank 0 may host the store: it must not leave before the others have seen that it closed.
         self._wait_until(lambda: self._all_closed() or bool(self._lost), self.silence)
+        # The last to close sees at once that all have, and the others wait to be told.
+        self._wait_until(lambda: self._told == CLOSED or bool(self._lost), self.silence)
         self._stop.set()
         self._wake.set()
         for thread in self._threads:
@@ -155,7 +158,9 @@ class Watchdog:
             while not self._stop.is_set():
                 self._wake.clear()
                 own.beat(own.count + 1)
-                store.set(keys[self.rank], json.dumps([own.count, own.state, own.step, own.text]))
+                sign = [own.count, own.state, own.step, own.text]
+                store.set(keys[self.rank], json.dumps(sign))
+                self._told = sign[1]
                 values = store.multi_get(keys)
                 self._answered = time.monotonic()
                 for rank, value in enumerate(values):
@@ -212,7 +217,9 @@ class Watchdog:
         if own.state != RUNNING:
             return ""
         running = now - own.since
-        for rank, sign in others:
+        # A rank may have failed because another one died: then that one will be silent soon.
+        doubt = any(now - s.seen > 2 * self.period for _, s in others if s.state != CLOSED)
+        for rank, sign in others if not doubt else ():
             if sign.state in (FAILED, CLOSED) and min(now - sign.since, running) > self.silence / 2:
                 why = f": {sign.text}" if sign.text else ""
                 return f"rank {rank} {sign.state} in step {sign.step}{why}"

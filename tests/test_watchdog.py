@@ -124,9 +124,11 @@ def test_every_survivor_ends_with_the_cause(outcomes, name) -> None:
 
 
 def test_the_message_names_the_part_that_hangs(outcomes) -> None:
-    said = outcomes["rank 1 hangs in the step"]["stderr"][0]
-    assert "past its deadline of 3 s" in said
-    assert "running for" in said and "(decode), last sign 0." in said
+    said = outcomes["rank 1 hangs in the step"]["stderr"].values()
+    assert all("past its deadline of 3 s" in text for text in said)
+    # The first to end says what rank 1 does; the others may see that it has ended.
+    first = [text for text in said if "running for" in text and "(decode), last sign 0." in text]
+    assert first
 
 
 def test_nothing_happens_while_all_is_well() -> None:
