@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from cosmos3_fast.ops import halo
 from cosmos3_fast.kernels import reference_conv
+from cosmos3_fast.ops import halo
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda:0", torch.bfloat16) if GPU else ("cpu", torch.float32)

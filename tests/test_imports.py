@@ -36,6 +36,7 @@ SAME_ROW = {
     ("watchdog", "parallel"),
     ("agreement", "launch"),
     ("agreement", "parallel"),
+    ("testing", "engine"),
     ("__main__", "cli"),
 }
 # `ops` is the only door to raw kernels.

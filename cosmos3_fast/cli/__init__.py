@@ -7,12 +7,13 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from cosmos3_fast.cli import check, demo, info, run, tiny
+from cosmos3_fast.cli import bench, check, demo, info, run, tiny
 
 COMMANDS = {
     "run": run,
     "info": info,
     "check": check,
+    "bench": bench,
     "demo": demo,
     "make-tiny": tiny,
 }

@@ -1,0 +1,80 @@
+"""What the suites share: options, one engine a session, baselines in one folder per GPU.
+
+`pytest bench --benchmark-save=NAME` stores under bench/baselines/<gpu>/, without host names;
+`--benchmark-compare --benchmark-compare-fail=median:5%` compares with what is stored there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cosmos3_fast.engine import Engine
+from cosmos3_fast.testing import fill_random, make_nano_folder, make_tiny_checkpoint
+from cosmos3_fast.testing.machine import folder_name, machine
+from cosmos3_fast.testing.measure import engine_args, gemm_rate
+from cosmos3_fast.testing.requests import WORKLOADS, Workload
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda:0" if GPU else "cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float32
+BASELINES = Path(__file__).parent / "baselines"
+STORED_FACTS = ("cpu", "python_version", "python_implementation", "system", "machine")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("cosmos3-fast")
+    group.addoption("--repeats", type=int, default=20 if GPU else 3, help="requests a figure")
+    group.addoption(
+        "--growth", type=int, default=60 if GPU else 2, help="requests of the memory check"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Baselines of this GPU, unless --benchmark-storage says otherwise."""
+    default = "file://./.benchmarks"
+    if getattr(config.option, "benchmark_storage", None) == default:
+        config.option.benchmark_storage = f"file://{BASELINES / folder_name()}"
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    """The GPU and the versions instead of the host: nothing that names it is stored."""
+    kept = {name: machine_info[name] for name in STORED_FACTS if name in machine_info}
+    machine_info.clear()
+    machine_info.update(kept | machine())
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict) -> None:
+    """Without the name of the folder that the clone happens to lie in."""
+    commit_info.pop("project", None)
+
+
+@pytest.fixture(scope="session")
+def workload() -> Callable[[str], Workload]:
+    """D, E or S by its letter; small on a machine without a GPU."""
+    return lambda kind: WORKLOADS[kind] if GPU else WORKLOADS[kind].small()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint's configuration: Nano's on a GPU, else a tiny one with its weights."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    return make_nano_folder(path) if GPU else make_tiny_checkpoint(path, kv_heads=2)
+
+
+@pytest.fixture(scope="session")
+def engine(folder: Path) -> Any:
+    """With its decoder, which `testing.measure.configured` switches."""
+    made = engine_args(folder, str(DEVICE), DTYPE, decode=True)
+    with Engine(made, weights=fill_random) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def rate() -> float:
+    """TFLOP/s of large products on this device."""
+    return gemm_rate(DEVICE, DTYPE)

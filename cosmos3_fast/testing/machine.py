@@ -1,0 +1,37 @@
+"""What a stored figure says about where it was measured; never the host's name."""
+
+from __future__ import annotations
+
+import platform
+import re
+from importlib import metadata
+
+import torch
+
+PACKAGES = ("torch", "triton", "diffusers")
+
+
+def machine() -> dict[str, str]:
+    """GPU (or "cpu"), its memory, and the versions of what runs on it."""
+    found = {"gpu": "cpu", "processor": platform.machine(), "python": platform.python_version()}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": properties.name,
+            "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+            "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),
+        }
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def folder_name() -> str:
+    """The GPU's name as a folder: "nvidia-h200", or "cpu-x86_64"."""
+    found = machine()
+    name = found["gpu"] if found["gpu"] != "cpu" else f"cpu-{found['processor']}"
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
