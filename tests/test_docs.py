@@ -103,6 +103,9 @@ def test_the_dependency_table_is_the_one_that_is_held():
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_named_tests_exist(name):
-    for file, test in set(re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text_of(name))):
-        source = (ROOT / "tests" / file).read_text()
-        assert re.search(rf"^def {test}\b" if test else "^def test_", source, re.M), (file, test)
+    sources = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    defined = {
+        test for text in sources.values() for test in re.findall(r"^def (test_\w+)", text, re.M)
+    }
+    named = set(re.findall(r"`(?:tests/)?(test_\w+(?:\.py)?)`", text_of(name)))
+    assert named - defined - set(sources) == set()
