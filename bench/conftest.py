@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from cosmos3_fast.__main__ import forget_clone
 from cosmos3_fast.engine import Engine
 from cosmos3_fast.testing import fill_random, make_nano_folder, make_tiny_checkpoint
 from cosmos3_fast.testing.machine import folder_name, machine
 from cosmos3_fast.testing.measure import engine_args, gemm_rate
 from cosmos3_fast.testing.requests import WORKLOADS, Workload
 
+sys.path[:] = forget_clone(sys.path)  # which `python -m pytest` put there: see __main__
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
