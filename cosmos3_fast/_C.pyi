@@ -5,8 +5,6 @@ Every call launches on that stream alone, allocates nothing and does not wait. A
 raises RuntimeError with the source's file and line.
 """
 
-from collections.abc import Sequence
-
 has_cuda: bool
 HALO_STATE_BYTES: int
 
@@ -63,28 +61,4 @@ def halo_wait(
     deadline_ns: int,
     device: int,
     stream: int = 0,
-) -> None: ...
-
-# The GEMMs alone have no CPU twin. A problem is (M, N, K, row strides of x, weight and out in
-# elements, dtype 1 float16 or 2 bfloat16, device); an algorithm the 8 words of cuBLASLt's opaque
-# struct. gemm_library: the version of the cuBLASLt loaded in this process, 0 without one.
-# gemm_workspace: the bytes that an algorithm needs, -1 where it cannot run the problem.
-_Problem = tuple[int, int, int, int, int, int, int, int]
-
-def gemm_library() -> int: ...
-def gemm_candidates(problem: _Problem, workspace_bytes: int, count: int) -> list[list[int]]: ...
-def gemm_workspace(problem: _Problem, algorithm: Sequence[int]) -> int: ...
-def gemm_attributes(algorithm: Sequence[int]) -> list[int]: ...
-def gemm_vary(algorithm: Sequence[int], attribute: int, value: int) -> list[int]: ...
-def gemm_run(
-    *,
-    problem: _Problem,
-    algorithm: Sequence[int],
-    accumulate: bool,
-    x: int,
-    weight: int,
-    out: int,
-    workspace: int = 0,
-    workspace_bytes: int = 0,
-    stream: int,
 ) -> None: ...

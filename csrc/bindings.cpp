@@ -14,5 +14,4 @@ PYBIND11_MODULE(_C, module) {
     module.attr("has_cuda") = kHasCuda;
     bind_image(module);
     bind_halo(module);
-    bind_gemm(module);
 }

@@ -5,4 +5,3 @@
 
 void bind_image(pybind11::module_& module);
 void bind_halo(pybind11::module_& module);
-void bind_gemm(pybind11::module_& module);
