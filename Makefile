@@ -26,7 +26,7 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/pytest --cov --cov-report=term
 
 lint: venv
 	$(BIN)/ruff check .
@@ -43,11 +43,11 @@ wheel: venv
 
 gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	$(PYTHON) -m pytest -m '$(GPU_MARKERS)'
-	$(PYTHON) -m pytest bench
+	pytest -m '$(GPU_MARKERS)'
+	pytest bench
 
 bench: venv
-	$(BIN)/python -m pytest bench
+	$(BIN)/pytest bench
 
 format: venv
 	$(BIN)/ruff check --fix .

@@ -40,6 +40,7 @@ from cosmos3_fast.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Noise = Future[tuple[np.ndarray, np.ndarray]]  # of video and action
 Und = tuple[torch.Tensor, torch.Tensor]  # keys and values of a prompt
 Encoder = tuple[torch.Tensor, Captured[torch.Tensor]]  # its pixels, and the call that encodes them
 MAX_ENCODERS = 4  # captured encoder shapes kept
@@ -151,12 +152,12 @@ class Engine:
         if self._failed:
             self._fail_again()
         assert self._watchdog is not None
-        plan, prepared = self._agree(request)
+        plan, noise, prepared = self._agree(request)
         self._requests += 1
         deadline = None if prepared else PREPARE_S
         try:
             with torch.no_grad(), self._watchdog.step(self._requests, deadline):
-                return self._run(request, plan, on_step)
+                return self._run(request, plan, noise, on_step)
         except BaseException as error:
             if self.mesh.world_size > 1:
                 self._failed = f"{type(error).__name__}: {error}"
@@ -254,31 +255,32 @@ class Engine:
                 agreement.agree(self.mesh, {}, error=error)
         raise error
 
-    def _agree(self, request: Cosmos3ActionRequest) -> tuple[denoise.Plan, bool]:
+    def _agree(self, request: Cosmos3ActionRequest) -> tuple[denoise.Plan, Noise, bool]:
         """Check the request here and its digest across ranks; every rank raises, or none.
 
-        The plan, and whether every rank has prepared its steps.
+        The plan, its noise (drawn meanwhile), and whether every rank has prepared its steps.
         """
-        plan, error = None, None
+        plan, noise, error = None, None, None
         try:
             check(request, self.checkpoint.transformer, has_encoder=self.vae is not None)
             steps = request.num_inference_steps
             schedule = denoise.schedule_of(self.args.plugin_args, self.checkpoint.scheduler, steps)
             plan = denoise.plan(request, self.checkpoint.transformer, schedule)
+            noise = self._host.submit(denoise.noise, plan.layout, request.seed)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         compare = error is None and self.mesh.world_size > 1
         facts = agreement.facts(request) if compare else {}
         state = {} if plan is None else self._state(plan, request)
         together = agreement.agree(self.mesh, facts, error=error, state=state)
-        assert plan is not None
+        assert plan is not None and noise is not None
         if None in together.values():
             self._forget()
         if self.mesh.cfg_size == 2 and not any(plan.guided) and not self._warned:
             self._warned = True
             if self.mesh.rank == 0:
                 log.warning("no step is guided: with cfg_size 2 the second group adds nothing")
-        return plan, all(held for name, held in together.items() if "prompt" not in name)
+        return plan, noise, all(held for name, held in together.items() if "prompt" not in name)
 
     def _state(self, plan: denoise.Plan, request: Cosmos3ActionRequest) -> dict[str, bool | None]:
         """Which of the things whose making is a collective this rank has; None for a prompt that
@@ -307,10 +309,10 @@ class Engine:
         self,
         request: Cosmos3ActionRequest,
         plan: denoise.Plan,
+        noise: Noise,
         on_step: Callable[[int], None] | None,
     ) -> dict[str, torch.Tensor]:
         stages = Stages(self.device)
-        noise = self._host.submit(denoise.noise, plan.layout, request.seed)
         runner = self._runner(plan)
         stages.mark("prepare")
         clean = self._clean(request, plan.layout)
@@ -380,9 +382,7 @@ class Engine:
         static.copy_(pixels)
         return encode()
 
-    def _noise_state(
-        self, noise: Future[tuple[np.ndarray, np.ndarray]], layout: Layout
-    ) -> torch.Tensor:
+    def _noise_state(self, noise: Noise, layout: Layout) -> torch.Tensor:
         video, action = (torch.from_numpy(part).to(self.device) for part in noise.result())
         return latents.flatten(video, action, layout)
 
