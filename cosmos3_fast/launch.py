@@ -73,6 +73,15 @@ class Channel:
         return [json.loads(text) for text in values]
 
 
+def launch_size() -> int:
+    """Processes of the torchrun launch that this one belongs to; 1 outside torchrun."""
+    if not dist.is_torchelastic_launched():
+        return 1
+    # As in `_meet`: rank 1 makes it a client of torchrun's store.
+    _, _, size = next(dist.rendezvous("env://", rank=1, timeout=_seconds(60)))
+    return size
+
+
 def ranks_text(ranks: list[int]) -> str:
     """[2, 3] -> "ranks 2, 3"."""
     return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))}"

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from cosmos3_fast.cli.flags import Settings, add_device_flags, add_request_flags, numbers
 from cosmos3_fast.cli.output import require_writers, write_results
 from cosmos3_fast.engine import Engine
+from cosmos3_fast.launch import launch_size
 from cosmos3_fast.processor import (
     DROID,
     Cosmos3PolicyProcessedInputs,
@@ -70,6 +71,11 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--image takes {allowed} here, got {len(args.image)}")
     if args.mode == "forward_dynamics" and args.action_file is None:
         raise ValueError("--mode forward_dynamics needs --action-file")
+    if args.cfg * args.tp == 1 and launch_size() > 1:  # else every process would write the files
+        raise ValueError(
+            f"--cfg 1 x --tp 1 is one process, the launch has {launch_size()}: "
+            f"pass --tp {launch_size()}, or --nproc_per_node=1 to torchrun"
+        )
 
 
 def _observation(args: argparse.Namespace) -> Any:
