@@ -33,8 +33,8 @@ from halo_cases import (
     strip_result,
 )
 
-from cosmos3_fast.ops import halo
 from cosmos3_fast.kernels import reference_conv
+from cosmos3_fast.ops import halo
 
 DEVICE = "cuda:0"
 L2_BYTES = 256 << 20

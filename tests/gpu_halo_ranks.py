@@ -30,8 +30,8 @@ from halo_cases import (
     strip_result,
 )
 
-from cosmos3_fast.ops import halo
 from cosmos3_fast.config import ParallelConfig
+from cosmos3_fast.ops import halo
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.parallel_edges import EdgeSlots
 

@@ -32,8 +32,8 @@ from halo_cases import (
     strip_result,
 )
 
-from cosmos3_fast.ops import halo
 from cosmos3_fast.kernels import reference_conv
+from cosmos3_fast.ops import halo
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.parallel_edges import EdgeSlots
 
