@@ -9,6 +9,9 @@ has_cuda: bool
 HALO_STATE_BYTES: int
 
 def image_to_tensor(frames: int, out: int, count: int, device: int, stream: int) -> None: ...
+
+# On the host alone, with threads and memory of its own; it returns when out is written.
+def legacy_normal(seed: int, out: int, count: int, threads: int) -> None: ...
 def halo_buffer_bytes(slot_bytes: int) -> int: ...
 def halo_write(
     *,

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cosmos3_fast import ops
 from cosmos3_fast.config import SCHEDULES
 
 TRAIN_TIMESTEPS = 1000
@@ -200,9 +201,10 @@ def _moments(step: float) -> tuple[float, float]:
 
 
 def noise(seed: int, shape: Sequence[int]) -> np.ndarray:
-    """float32 standard normal noise of `shape`: RandomState(seed), drawn in float64, then cast.
+    """float32 standard normal noise of `shape`: numpy's RandomState(seed), drawn in float64, then
+    cast. ValueError for a seed outside [0, 2**32).
 
     Equal on every rank and every machine. Video and action noise of one request come from two
     fresh generators with the same seed.
     """
-    return np.random.RandomState(seed).standard_normal(tuple(shape)).astype(np.float32)
+    return ops.legacy_normal(seed, math.prod(shape)).numpy().reshape(tuple(shape))

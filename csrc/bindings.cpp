@@ -14,4 +14,5 @@ PYBIND11_MODULE(_C, module) {
     module.attr("has_cuda") = kHasCuda;
     bind_image(module);
     bind_halo(module);
+    bind_noise(module);
 }

@@ -5,3 +5,4 @@
 
 void bind_image(pybind11::module_& module);
 void bind_halo(pybind11::module_& module);
+void bind_noise(pybind11::module_& module);

@@ -7,6 +7,7 @@ in between, so does the reference. `conv_input` and `conv_edges` are in `referen
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -16,6 +17,7 @@ __all__ = [
     "attention_continue",
     "causal_attention",
     "image_to_tensor",
+    "legacy_normal",
     "qk_norm_rope",
     "rms_norm",
     "silu_mul",
@@ -220,3 +222,9 @@ def unipc_step(
 def image_to_tensor(frames: torch.Tensor) -> torch.Tensor:
     """frames uint8 [T, H, W, 3] -> float32 [3, T, H, W]: x / 127.5 - 1, memory channels-last."""
     return frames.permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def legacy_normal(seed: int, count: int) -> torch.Tensor:
+    """float32 [count] on the CPU: numpy's RandomState(seed), drawn in float64, then cast."""
+    drawn = np.random.RandomState(seed).standard_normal(count)
+    return torch.from_numpy(drawn.astype(np.float32))

@@ -233,6 +233,22 @@ def image_to_tensor(frames: torch.Tensor) -> torch.Tensor:
     return out.permute(3, 0, 1, 2)
 
 
+def legacy_normal(seed: int, count: int, *, threads: int = 4) -> torch.Tensor:
+    """float32 [count] on the CPU: numpy's RandomState(seed).standard_normal, bit for bit, whatever
+    the number of threads. ValueError for a seed outside [0, 2**32) or a negative count.
+    """
+    if not 0 <= seed < 2**32 or count < 0 or threads < 1:
+        raise ValueError(
+            "seed must be in [0, 2**32), count not negative and threads positive, got "
+            f"{seed}, {count} and {threads}"
+        )
+    if _forced:
+        return _reference.legacy_normal(seed, count)
+    out = torch.empty(count, dtype=torch.float32)
+    _extension().legacy_normal(seed, out.data_ptr(), count, threads)
+    return out
+
+
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
     """Device index (-1: CPU) and raw stream on which `_C` must run."""
     if tensor.device.type == "cpu":
