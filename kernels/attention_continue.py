@@ -20,21 +20,17 @@ from .online_softmax import check_und, log2_scale, over_blocks
 
 
 class ContinueTile(NamedTuple):
-    """Rows (token-head pairs) and keys of a block, warps, pipeline stages, out loaded behind the
-    keys or ahead of them, limit of registers (None: the compiler's).
-    """
+    """Rows (token-head pairs) and keys of a block, warps, pipeline stages."""
 
     rows: int
     keys: int
     warps: int
     stages: int
-    late: bool = False
-    registers: int | None = None
 
 
-# By bytes of an element. 128 registers let four programs share an SM. float32 runs on FMA units: a
-# larger block spills its registers.
-TILES = {2: ContinueTile(64, 32, 4, 2, registers=128), 4: ContinueTile(16, 32, 8, 1)}
+# By bytes of an element, the fastest of twelve at D and E on an H200 (two branches of D: 75 us,
+# where the bytes alone take 36). float32 runs on FMA units: a larger block spills its registers.
+TILES = {2: ContinueTile(64, 32, 4, 2), 4: ContinueTile(16, 32, 8, 1)}
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -46,7 +42,7 @@ def _continue_kernel(
     q_batch, k_batch, v_batch, before_batch, out_batch, tokens, scale,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, BEFORE_ROW: tl.constexpr,
     OUT_ROW: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, STORE_LSE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     und_len = tl.load(und_len_ptr + batch)
@@ -61,27 +57,15 @@ def _continue_kernel(
     lse_ptr += (batch * tl.num_programs(1) * GROUP + head) * tokens + token
     lse = tl.load(lse_ptr, mask=token < tokens, other=0.0) * _LOG2E
     before_ptr += batch * before_batch + rows * BEFORE_ROW + here
-    if LATE:
-        acc = tl.zeros([ROWS, DIM], tl.float32)
-        top = tl.full([ROWS], -float("inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-    else:
-        before = tl.load(before_ptr, mask=inside, other=0.0, eviction_policy="evict_first")
-        acc, top = before.to(tl.float32), lse
-        total = tl.full([ROWS], 1.0, tl.float32)
+    before = tl.load(before_ptr, mask=inside, other=0.0, eviction_policy="evict_first")
+    acc, top = before.to(tl.float32), lse
+    total = tl.full([ROWS], 1.0, tl.float32)
     k_ptr += batch * k_batch + kv_head * DIM
     v_ptr += batch * v_batch + kv_head * DIM
     acc, top, total = over_blocks(
         acc, top, total, q, k_ptr, v_ptr, K_ROW, V_ROW, None, None, 0, 0,
         0, und_len, token, scale, DIM, KEYS, STAGES, True, False, False,
     )  # fmt: skip
-    if LATE:
-        before = tl.load(before_ptr, mask=inside, other=0.0, eviction_policy="evict_first")
-        new_top = tl.maximum(top, lse)
-        kept, added = tl.math.exp2(lse - new_top), tl.math.exp2(top - new_top)
-        acc = before.to(tl.float32) * kept[:, None] + acc * added[:, None]
-        total = kept + total * added
-        top = new_top
     out_ptr += batch * out_batch + rows * OUT_ROW + here
     tl.store(out_ptr, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     if STORE_LSE:
@@ -121,9 +105,7 @@ def launch_continue(
         ROWS=tile.rows,
         KEYS=tile.keys,
         STAGES=tile.stages,
-        LATE=tile.late,
         num_warps=tile.warps,
-        maxnreg=tile.registers,
     )
 
 

@@ -35,17 +35,10 @@ CAPACITY = 256
 
 CONTINUE_TILES = (
     ContinueTile(64, 32, 4, 2),
-    ContinueTile(64, 32, 4, 2, registers=128),
-    ContinueTile(64, 32, 4, 3, registers=128),
-    ContinueTile(64, 32, 4, 1, registers=128),
-    ContinueTile(64, 32, 4, 2, late=True, registers=128),
-    ContinueTile(128, 32, 8, 2, registers=128),
-    ContinueTile(128, 32, 8, 3, registers=128),
-    ContinueTile(128, 32, 8, 1, registers=128),
-    ContinueTile(128, 32, 8, 2, late=True, registers=128),
-    ContinueTile(64, 16, 4, 3, registers=128),
-    ContinueTile(64, 64, 4, 2, registers=168),
-    ContinueTile(128, 64, 8, 2, registers=128),
+    ContinueTile(64, 32, 4, 1),
+    ContinueTile(64, 32, 4, 3),
+    ContinueTile(64, 64, 4, 2),
+    ContinueTile(128, 32, 8, 3),
 )
 
 

@@ -83,7 +83,7 @@ def settings(name: str):
     if op == "attention_continue":
         tile = attention_continue.TILES[size]
         constants |= {"ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.stages}
-        constants |= {"LATE": tile.late, "STORE_LSE": False, "K_ROW": 1024, "V_ROW": 1024}
+        constants |= {"STORE_LSE": False, "K_ROW": 1024, "V_ROW": 1024}
         constants |= dict.fromkeys(("Q_ROW", "BEFORE_ROW", "OUT_ROW"), 4096)
         return (
             attention_continue._continue_kernel,
@@ -103,14 +103,6 @@ def settings(name: str):
     return attention._attention_kernel, types, constants, tile.warps
 
 
-def options(name: str) -> dict[str, int]:
-    """What its launcher asks of the compiler besides the warps."""
-    from cosmos3_fast.kernels import attention_continue
-
-    limit = attention_continue.TILES[4 if name.endswith("float32") else 2].registers
-    return {"maxnreg": limit} if name.startswith("attention_continue") and limit else {}
-
-
 def compile_for_h100(name: str) -> dict[str, int]:
     """Bytes of shared memory and of the binary."""
     import triton
@@ -127,7 +119,7 @@ def compile_for_h100(name: str) -> dict[str, int]:
     }
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", 90, 32)
-    built = triton.compile(source, target=target, options={"num_warps": warps} | options(name))
+    built = triton.compile(source, target=target, options={"num_warps": warps})
     return {"shared": built.metadata.shared, "size": len(built.asm["cubin"])}
 
 

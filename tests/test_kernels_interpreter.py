@@ -278,9 +278,8 @@ def test_attention(case, dtype):
 
 @interpreted
 @dtypes
-@pytest.mark.parametrize("late", [False, True], ids=["out-first", "out-last"])
 @pytest.mark.parametrize("case", ATTENTION)
-def test_attention_continue(case, late, dtype):
+def test_attention_continue(case, dtype):
     q, k, v, und_k, und_v, und_len = inputs = attention_inputs(*ATTENTION[case], dtype)
     batch, tokens, queries, dim = q.shape
     nothing = torch.zeros_like(und_len)
@@ -294,7 +293,7 @@ def test_attention_continue(case, late, dtype):
     reference.attention_continue(q, eager, eager_lse, und_k, und_v, und_len)
     reference.attention_continue(*double(q), before, exact_lse, *double(und_k, und_v), und_len)
     module = kernel("attention_continue")
-    tile = module.TILES[4]._replace(late=late)
+    tile = module.TILES[4]
     module.attention_continue(q, out, got_lse, und_k, und_v, und_len, tile=tile)
     assert_close(out, eager, attention_outcomes(inputs)[1])
     assert_close(got_lse, eager_lse, exact_lse)
