@@ -79,5 +79,5 @@ def report(
         log.info("%s: %s", name, load)
     rows = ops.backends(model.device)
     log.info("ops: %s", ", ".join(f"{op} {where}" for op, where in rows.items()))
-    if on_gpu and rows["conv_input"] != "_C":
+    if on_gpu and rows["rms_norm"] == "triton" and rows["conv_input"] != "_C":
         log.warning("cosmos3_fast._C was built without nvcc: the VAE runs its torch reference")
