@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 
 from cosmos3_fast.cli import bench, check, demo, info, run, tiny
+from cosmos3_fast.cli.output import SaidError, say
 
 COMMANDS = {
     "run": run,
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         COMMANDS[args.command].main(args)
-    except (ValueError, ImportError) as error:
-        print(f"cosmos3-fast {args.command}: {error}", file=sys.stderr)
+    except SaidError:
+        return 2
+    except (ValueError, ImportError, FloatingPointError) as error:
+        say(args.command, error)
         return 2
     return 0

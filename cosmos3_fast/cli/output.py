@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 
 from cosmos3_fast.processor import write_actions
+
+
+class SaidError(Exception):
+    """An error that stands on stderr already: the command has only to end with status 2."""
+
+
+def say(command: str, error: Exception) -> SaidError:
+    """One line on stderr, now."""
+    print(f"cosmos3-fast {command}: {error}", file=sys.stderr, flush=True)
+    return SaidError(str(error))
 
 
 def require_writers(video: bool, plot: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from cosmos3_fast.cli.flags import Settings, add_device_flags, add_request_flags, numbers
-from cosmos3_fast.cli.output import require_writers, write_results
+from cosmos3_fast.cli.output import require_writers, say, write_results
 from cosmos3_fast.engine import Engine
 from cosmos3_fast.launch import launch_size
 from cosmos3_fast.processor import (
@@ -41,23 +41,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Build the engine, run the request, write the results on rank 0."""
+    """Build the engine, run the request, write the results on rank 0.
+
+    An error is said before the engine closes, which waits for the other ranks: torchrun ends them
+    all as soon as one has ended.
+    """
     settings = Settings.of(args)
     _check_flags(args)
     with Engine(settings.engine_args(not args.no_video), progress=True) as engine:
-        main_rank = engine.mesh.rank == 0
         try:
-            require_writers(not args.no_video and main_rank, main_rank)
-            processor, request = _request(settings, engine.device)
-            if main_rank:
-                Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        except (ValueError, ImportError, OSError) as error:
-            engine.refuse(ValueError(str(error)))
-        steps = tqdm(total=request.num_inference_steps, unit="step", disable=not main_rank)
-        with steps:
-            result = engine.step(request, on_step=lambda _: steps.update())
+            _answer(settings, engine)
+        except (ValueError, FloatingPointError) as error:
+            raise say("run", error) from error
+
+
+def _answer(settings: Settings, engine: Engine) -> None:
+    args, main_rank = settings.args, engine.mesh.rank == 0
+    try:
+        require_writers(not args.no_video and main_rank, main_rank)
+        processor, request = _request(settings, engine.device)
         if main_rank:
-            _finish(settings, engine, processor.postprocess(result))
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, ImportError, OSError) as error:
+        engine.refuse(ValueError(str(error)))
+    steps = tqdm(total=request.num_inference_steps, unit="step", disable=not main_rank)
+    with steps:
+        result = engine.step(request, on_step=lambda _: steps.update())
+    if main_rank:
+        _finish(settings, engine, processor.postprocess(result))
 
 
 def _check_flags(args: argparse.Namespace) -> None:
