@@ -36,6 +36,8 @@ def digest(value: Any) -> str:
     if isinstance(value, np.ndarray):
         items = np.ascontiguousarray(value).reshape(-1)
         return _bytes_digest(str(value.dtype), value.shape, items.view(np.uint8))
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, (bool, int, float, str, type(None), torch.dtype)):
         text = repr(value)
     elif isinstance(value, (list, tuple)):

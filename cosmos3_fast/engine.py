@@ -156,7 +156,7 @@ class Engine:
         self._requests += 1
         deadline = None if prepared else PREPARE_S
         try:
-            with torch.no_grad(), self._watchdog.step(self._requests, deadline):
+            with torch.no_grad(), self._here(), self._watchdog.step(self._requests, deadline):
                 return self._run(request, plan, noise, on_step)
         except BaseException as error:
             if self.mesh.world_size > 1:
@@ -204,6 +204,10 @@ class Engine:
     def peak_bytes(self) -> int:
         """Largest device memory in use so far, in bytes; 0 on the CPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def _here(self) -> torch.cuda.device:
+        """For Triton, events and captures, which use a thread's current device; -1: no change."""
+        return torch.cuda.device(self.device.index if self.device.type == "cuda" else -1)
 
     def _together(self, work: Callable[[], T]) -> T:
         """work() on every rank; if it raises ValueError on any, every rank raises."""
@@ -260,17 +264,17 @@ class Engine:
 
         The plan, its noise (drawn meanwhile), and whether every rank has prepared its steps.
         """
-        plan, noise, error = None, None, None
+        plan, noise, error, facts = None, None, None, dict[str, str]()
         try:
             check(request, self.checkpoint.transformer, has_encoder=self.vae is not None)
             steps = request.num_inference_steps
             schedule = denoise.schedule_of(self.args.plugin_args, self.checkpoint.scheduler, steps)
             plan = denoise.plan(request, self.checkpoint.transformer, schedule)
             noise = self._host.submit(denoise.noise, plan.layout, request.seed)
+            if self.mesh.world_size > 1:
+                facts = agreement.facts(request)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
-        compare = error is None and self.mesh.world_size > 1
-        facts = agreement.facts(request) if compare else {}
         state = {} if plan is None else self._state(plan, request)
         together = agreement.agree(self.mesh, facts, error=error, state=state)
         assert plan is not None and noise is not None

@@ -340,3 +340,21 @@ def test_a_gpu_in_fp32_agrees_with_the_cpu():
     want = shared_engine().step(request())
     for name in want:
         assert oracle.error(got[name].cpu(), want[name]) <= 1e-5, name
+
+
+@pytest.mark.gpu2
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "captured"])
+def test_an_engine_of_the_second_gpu_leaves_the_current_device(graphs):
+    results = []
+    for target in ("cuda:0", "cuda:1"):
+        args = engine_args(
+            device=DeviceConfig(target, torch.float32),
+            runtime=RuntimeConfig(use_cuda_graph=graphs),
+        )
+        with torch.cuda.device(0), Engine(args) as engine:
+            found = engine.step(request())
+            assert torch.cuda.current_device() == 0
+            assert all(str(tensor.device) == target for tensor in found.values())
+            assert all(ms >= 0 for ms in engine.times.values())
+        results.append({name: tensor.cpu() for name, tensor in found.items()})
+    assert equal(*results)

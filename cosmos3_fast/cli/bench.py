@@ -64,6 +64,8 @@ def main(args: argparse.Namespace) -> None:
         folder = make_tiny_checkpoint(name, kv_heads=2) if args.tiny else make_nano_folder(name)
         made = engine_args(folder, str(device), dtype, decode=args.decode, graph=not args.eager)
         with Engine(made, weights=fill_random) as engine:
+            if engine.device.type == "cuda":
+                torch.cuda.set_device(engine.device)  # parts are timed outside a request, too
             if args.tune:
                 _tune(engine, kinds)
                 return
