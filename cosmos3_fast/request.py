@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from operator import index
+from typing import Any
 
 import torch
 
@@ -125,7 +128,7 @@ def clean_frames(request: Cosmos3ActionRequest) -> tuple[int, ...]:
     frame 0.
     """
     if request.cond_frame_indexes is not None:
-        return tuple(sorted({int(i) for i in request.cond_frame_indexes}))
+        return tuple(sorted({index(i) for i in request.cond_frame_indexes}))
     return tuple(range(request.video_shape[0])) if request.mode == "inverse_dynamics" else (0,)
 
 
@@ -176,12 +179,23 @@ def prompt_ids(ids: torch.Tensor, mask: torch.Tensor, name: str, vocab_size: int
 
 def check(request: Cosmos3ActionRequest, config: TransformerConfig, *, has_encoder: bool) -> None:
     """Raise ValueError, naming what was expected and what came, for a request that cannot run."""
+    _check_types(request)
     _check_numbers(request, config)
     prompt_ids(request.text_ids, request.text_mask, "text_ids", config.vocab_size)
     if request.guidance_scale != 1.0:
         prompt_ids(request.neg_text_ids, request.neg_text_mask, "neg_text_ids", config.vocab_size)
     _check_video(request, config, has_encoder)
     _check_actions(request, config)
+
+
+def _check_types(request: Cosmos3ActionRequest) -> None:
+    needed = ["text_ids", "text_mask"]
+    needed += ["neg_text_ids", "neg_text_mask"] if request.guidance_scale != 1.0 else []
+    given = ("cond_video_latents", "cond_video_pixels", "cond_action", "clean_action")
+    for name in (*needed, *(n for n in given if getattr(request, n) is not None)):
+        if not isinstance(getattr(request, name), torch.Tensor):
+            came = type(getattr(request, name)).__name__
+            raise ValueError(f"{name} must be a tensor, got {came}")
 
 
 def _check_numbers(request: Cosmos3ActionRequest, config: TransformerConfig) -> None:
@@ -193,22 +207,23 @@ def _check_numbers(request: Cosmos3ActionRequest, config: TransformerConfig) -> 
         )
     if not _is_int(request.seed) or not 0 <= request.seed < 2**32:
         raise ValueError(f"seed must be an integer in [0, 2**32), got {request.seed}")
-    if not math.isfinite(request.guidance_scale):
+    if not _is_finite(request.guidance_scale):
         raise ValueError(f"guidance_scale must be finite, got {request.guidance_scale}")
-    if not (math.isfinite(request.fps) and request.fps > 0):
+    if not _is_finite(request.fps) or request.fps <= 0:
         raise ValueError(f"fps must be positive and finite, got {request.fps}")
     domains = config.num_embodiment_domains
     if not _is_int(request.domain_id) or not 0 <= request.domain_id < domains:
         raise ValueError(f"domain_id must lie in [0, {domains}), got {request.domain_id}")
     interval = request.guidance_interval
-    if interval is not None and not (len(interval) == 2 and interval[0] < interval[1]):
+    if interval is not None and not _is_interval(interval):
         raise ValueError(f"guidance_interval must be (lo, hi) with lo < hi, got {interval}")
 
 
 def _check_video(
     request: Cosmos3ActionRequest, config: TransformerConfig, has_encoder: bool
 ) -> None:
-    chunk, shape = request.action_chunk, tuple(request.video_shape)
+    chunk = request.action_chunk
+    shape = () if request.video_shape is None else tuple(request.video_shape)
     if not _is_int(chunk) or chunk < 1 or (chunk % 4 and chunk != 1):
         raise ValueError(f"action_chunk must be 1 or a multiple of 4, got {chunk}")
     if len(shape) != 3 or not all(_is_int(s) and s >= 1 for s in shape):
@@ -218,7 +233,12 @@ def _check_video(
             f"video_shape has {shape[0]} latent frames; action_chunk {chunk} needs "
             f"{chunk // 4 + 1} (or 1)"
         )
-    frames = clean_frames(request)
+    try:
+        frames = clean_frames(request)
+    except TypeError as error:
+        raise ValueError(
+            f"cond_frame_indexes must be integers, got {request.cond_frame_indexes}"
+        ) from error
     if frames and not 0 <= frames[0] <= frames[-1] < shape[0]:
         raise ValueError(
             f"cond_frame_indexes must lie in [0, {shape[0]}) (latent frames), got {frames}"
@@ -310,7 +330,19 @@ def _check_finite(tensor: torch.Tensor, name: str) -> None:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_interval(value: Any) -> bool:
+    try:
+        low, high = value
+    except (TypeError, ValueError):
+        return False
+    return isinstance(low, Real) and isinstance(high, Real) and bool(low < high)
 
 
 def _shape(tensor: torch.Tensor) -> list[int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from engine_fixtures import ids, noise, request
@@ -68,6 +69,16 @@ GOOD = {
     "state rows": {"clean_action": noise(1, 3, 10), "action_frame_offset": -2},
     "int32 ids": {"text": ids(5).int()},
     "largest seed": {"seed": 2**32 - 1},
+    "numpy numbers": {
+        "num_inference_steps": np.int64(2),
+        "seed": np.uint32(7),
+        "domain_id": np.int32(8),
+        "video_shape": tuple(np.array([2, 5, 6])),
+        "cond_frame_indexes": np.array([0]),
+        "guidance_scale": np.float32(3),
+        "fps": np.float64(15),
+        "guidance_interval": np.array([1.0, 900.0]),
+    },
 }
 
 
@@ -167,6 +178,18 @@ BAD = {
     ),
     "flat state": ({"clean_action": noise(1, 10)}, r"clean_action must be \[1, r, 10\]"),
     "nan state": ({"clean_action": torch.full((1, 1, 10), NAN)}, "clean_action holds values that"),
+    "half a frame": ({"cond_frame_indexes": (0.5,)}, r"must be integers, got \(0.5,\)"),
+    "no shape": ({"video_shape": None}, r"three positive integers .* got \(\)"),
+    "no fps": ({"fps": None}, "fps must be positive and finite, got None"),
+    "guidance in words": ({"guidance_scale": "3"}, "guidance_scale must be finite, got 3"),
+    "interval in words": ({"guidance_interval": "05"}, r"\(lo, hi\) with lo < hi, got 05"),
+    "half an interval": ({"guidance_interval": 5}, r"\(lo, hi\) with lo < hi, got 5"),
+    "list of ids": ({"text_ids": [[1, 2]]}, "text_ids must be a tensor, got list"),
+    "no negative prompt": ({"neg_text_ids": None}, "neg_text_ids must be a tensor, got NoneType"),
+    "array of latents": (
+        {"cond_video_latents": np.zeros((1, 48, 2, 5, 6))},
+        "cond_video_latents must be a tensor, got ndarray",
+    ),
     "half offset": ({"action_frame_offset": 0.5}, "action_frame_offset must be an integer, got 0"),
     "long prompt": ({"text": ids(4097)}, "text_ids must hold 1 to 4096 tokens, got 4097"),
     "empty prompt": ({"text": ids(0)}, "text_ids must hold 1 to 4096 tokens, got 0"),
