@@ -12,6 +12,7 @@ from cosmos3_fast.checkpoint import open_checkpoint
 from cosmos3_fast.config import CheckpointConfig, Cosmos3PolicyWNArgs, DeviceConfig, EngineArgs
 from cosmos3_fast.loader import LoadReport
 from cosmos3_fast.model import Cosmos3Transformer, parameter_bytes
+from cosmos3_fast.request import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from cosmos3_fast.vae import WanVAE
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,23 @@ def read(plugin: Cosmos3PolicyWNArgs) -> CheckpointConfig:
     checkpoint = CheckpointConfig.read(plugin.checkpoint_dir)
     if plugin.decode_video and checkpoint.vae is None:
         raise ValueError(f"decode_video needs {checkpoint.folder / 'vae'}, which is missing")
+    _check_vae(checkpoint)
     denoise.schedule_of(plugin, checkpoint.scheduler, 1)
     return checkpoint
+
+
+def _check_vae(checkpoint: CheckpointConfig) -> None:
+    """The VAE's latents must be the transformer's, at the factors that requests count with."""
+    vae = checkpoint.vae
+    if vae is None:
+        return
+    found = (vae.z_dim, vae.scale_factor_temporal, vae.scale_factor_spatial)
+    wanted = (checkpoint.transformer.latent_channel, TEMPORAL_FACTOR, SPATIAL_FACTOR)
+    if found != wanted:
+        raise ValueError(
+            "vae config: z_dim, scale_factor_temporal and scale_factor_spatial must be "
+            f"{wanted}, got {found}"
+        )
 
 
 def facts(args: EngineArgs, checkpoint: CheckpointConfig, with_tensors: bool) -> dict[str, str]:
