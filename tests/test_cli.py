@@ -150,6 +150,9 @@ def test_the_droid_presets_settings(files):
     assert settings.values["guidance_scale"] == 3.0 and settings.values["steps"] == 5
     plugin = settings.plugin_args(True)
     assert (plugin.schedule, plugin.flow_shift) == ("native", 5.0)
+    karras = parser().parse_args(["run", *flags, "--use-karras-sigmas", "true"])
+    plugin = Settings.of(karras).plugin_args(True)
+    assert (plugin.schedule, plugin.use_karras_sigmas) == (None, True)
     processor = settings.processor("cpu")
     assert (processor.fps, processor.action_chunk_size, processor.raw_action_dim) == (15.0, 32, 8)
     dtypes = [

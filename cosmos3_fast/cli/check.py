@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run both, print the differences; ValueError (exit status 2) when one is over its bound."""
+    if not Path(args.checkpoint).is_dir():
+        raise ValueError(f"checkpoint folder {args.checkpoint} does not exist")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[args.dtype]
     image = np.random.RandomState(SEED).randint(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)

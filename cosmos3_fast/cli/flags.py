@@ -95,6 +95,8 @@ class Settings:
             recipe = DROID()
             preset = recipe.processor_arguments() | recipe.engine_arguments()
             preset |= {"steps": recipe.num_inference_steps, "guidance_scale": recipe.guidance_scale}
+            if args.use_karras_sigmas != "auto":
+                del preset["schedule"]
         values = {
             name: default if getattr(args, name) is None else getattr(args, name)
             for name, default in (DEFAULTS | preset).items()
@@ -185,6 +187,6 @@ def integers(text: str | None, flag: str) -> tuple[int, ...] | None:
     values = numbers(text, flag)
     if values is None:
         return None
-    if any(v != int(v) for v in values):
+    if not all(v.is_integer() for v in values):
         raise ValueError(f"{flag} takes integers, got {text!r}")
     return tuple(int(v) for v in values)
