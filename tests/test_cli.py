@@ -223,19 +223,24 @@ def test_check_agrees_with_diffusers(capsys, dtype, bound):
 
 
 @pytest.mark.parametrize("other", [1.001, float("nan")])
-def test_check_finds_a_difference(monkeypatch, capsys, other):
+def test_check_finds_a_difference(monkeypatch, capsys, tmp_path, other):
     ours = {"action": torch.ones(1, 4, 2), "video": torch.ones(1, 2)}
     theirs = ours | {"video": torch.full((1, 2), other)}
     monkeypatch.setattr(check, "_ours", lambda *_: ours)
     monkeypatch.setattr(check, "_diffusers", lambda *_: theirs)
-    assert main(["check", "folder", "--device", "cpu"]) == 2
+    assert main(["check", str(tmp_path), "--device", "cpu"]) == 2
     assert "differs from diffusers by" in capsys.readouterr().err
 
 
-def test_check_says_what_to_install(monkeypatch, capsys):
+def test_check_names_a_missing_folder(capsys):
+    assert main(["check", "no/such/folder", "--device", "cpu"]) == 2
+    assert "checkpoint folder no/such/folder does not exist" in capsys.readouterr().err
+
+
+def test_check_says_what_to_install(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(check, "_ours", lambda *_: {})
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    assert main(["check", "folder", "--device", "cpu"]) == 2
+    assert main(["check", str(tmp_path), "--device", "cpu"]) == 2
     assert "pip install 'cosmos3-fast[test]'" in capsys.readouterr().err
 
 
