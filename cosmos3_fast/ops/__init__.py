@@ -19,6 +19,8 @@ import torch
 from cosmos3_fast.kernels import reference as _reference
 from cosmos3_fast.kernels import reference_conv as _reference_conv
 from cosmos3_fast.ops import halo
+from cosmos3_fast.ops.extension import extension as _extension
+from cosmos3_fast.ops.extension import place
 
 _TRITON = {  # operation -> module of cosmos3_fast.kernels that holds its launcher
     "rms_norm": "rms_norm",
@@ -213,11 +215,6 @@ def _extension_runs(device: torch.device) -> bool:
     return not _forced and (device.type == "cpu" or _extension().has_cuda)
 
 
-@cache
-def _extension() -> Any:
-    return importlib.import_module("cosmos3_fast._C")
-
-
 def image_to_tensor(frames: torch.Tensor) -> torch.Tensor:
     """uint8 frames [T, H, W, 3] -> float32 [3, T, H, W] = x / 127.5 - 1, channels-last memory."""
     if not _extension_runs(frames.device):
@@ -228,8 +225,9 @@ def image_to_tensor(frames: torch.Tensor) -> torch.Tensor:
         )
     frames = frames.contiguous()
     out = torch.empty(frames.shape, dtype=torch.float32, device=frames.device)
-    device, stream = _place(frames)
-    _extension().image_to_tensor(frames.data_ptr(), out.data_ptr(), frames.numel(), device, stream)
+    _extension().image_to_tensor(
+        frames=frames.data_ptr(), out=out.data_ptr(), count=frames.numel(), **place(frames)
+    )
     return out.permute(3, 0, 1, 2)
 
 
@@ -247,10 +245,3 @@ def legacy_normal(seed: int, count: int, *, threads: int = 4) -> torch.Tensor:
     out = torch.empty(count, dtype=torch.float32)
     _extension().legacy_normal(seed, out.data_ptr(), count, threads)
     return out
-
-
-def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    """Device index (-1: CPU) and raw stream on which `_C` must run."""
-    if tensor.device.type == "cpu":
-        return -1, 0
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream

@@ -9,11 +9,11 @@ epoch lives on the device.
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from cosmos3_fast.ops.extension import extension, place
 
 if TYPE_CHECKING:
     from cosmos3_fast.parallel_edges import EdgeSlots
@@ -27,11 +27,6 @@ _SIDES = {
     4: (0, 1),
 }  # where in pad = (left, right, top, bottom) a strip's neighbours are
 _CHANNELS_LAST = torch.channels_last_3d
-
-
-@cache
-def _extension() -> Any:
-    return importlib.import_module("cosmos3_fast._C")
 
 
 def conv_input(
@@ -147,7 +142,7 @@ def fill_edges(out: torch.Tensor, plan: dict[str, int], slots: EdgeSlots) -> Non
     order.
     """
     if slots.neighbours:
-        _extension().halo_wait(out=out.data_ptr(), **plan, **slots.sources(), **_place(out))
+        extension().halo_wait(out=out.data_ptr(), **plan, **slots.sources(), **place(out))
 
 
 def _plan(
@@ -233,10 +228,4 @@ def _write(
 ) -> None:
     """Launch the writing kernel. The operands, some of them copies, live until it is launched."""
     addresses = {name: 0 if t is None else t.data_ptr() for name, t in operands.items()}
-    _extension().halo_write(x=x.data_ptr(), out=out.data_ptr(), **addresses, **numbers, **_place(x))
-
-
-def _place(x: torch.Tensor) -> dict[str, int]:
-    if x.device.type == "cpu":
-        return {"device": -1, "stream": 0}
-    return {"device": x.device.index, "stream": torch.cuda.current_stream(x.device).cuda_stream}
+    extension().halo_write(x=x.data_ptr(), out=out.data_ptr(), **addresses, **numbers, **place(x))
