@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,9 +42,9 @@ from cosmos3_fast.kernels import (
     unipc_step,
 )
 from cosmos3_fast.kernels.online_softmax import Tile
+from cosmos3_fast.testing.tune import microseconds
 
 UND = 160  # prompt tokens
-L2_BYTES = 128 << 20  # inputs rotate over more than this
 
 ATTENTION_TILES = (
     Tile(64, 64, 4, 3),
@@ -62,29 +61,6 @@ ATTENTION_TILES = (
     Tile(128, 64, 8, 3, tma=True),
 )
 COPY = 4.26e6  # bytes a microsecond of a copy
-
-
-def time_us(
-    make: Callable[[], Callable[[], object]], nbytes: int, replays: int = 15, mode: str = "global"
-) -> float:
-    """Median microseconds of a call; make() gives a call on inputs of its own, nbytes in size."""
-    calls = [make() for _ in range(min(max(2, -(-L2_BYTES // nbytes)), 40))]
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph, times = torch.cuda.CUDAGraph(), []
-    repeats = -(-20 // len(calls))
-    with torch.cuda.graph(graph, capture_error_mode=mode):
-        for call in calls * repeats:
-            call()
-    for _ in range(replays + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / (len(calls) * repeats))
-    return statistics.median(times[3:])
 
 
 @dataclass(frozen=True)
@@ -165,9 +141,9 @@ def time_memory_bound(rows: int, label: str) -> list[str]:
     for name, op in memory_bound(rows).items():
         if name == "unipc_step" and label != "D":
             continue
-        eager = time_us(lambda op=op: functools.partial(op.torch, *op.make()), op.nbytes)
+        eager = microseconds(lambda op=op: functools.partial(op.torch, *op.make()), op.nbytes)
         times = {
-            s: time_us(lambda op=op, s=s: functools.partial(op.ours, s, *op.make()), op.nbytes)
+            s: microseconds(lambda op=op, s=s: functools.partial(op.ours, s, *op.make()), op.nbytes)
             for s in (None, *op.settings)
         }
         print(f"{name} {label} torch {eager:.1f} | ", end="")
@@ -191,7 +167,7 @@ def measure(tokens, keys, *, batch=1, heads=(QUERIES, KEYS)) -> str:
                 path, *attention_inputs(batch, tokens, keys, und, heads), **how
             )
 
-        return time_us(make, nbytes)
+        return microseconds(make, nbytes)
 
     def over_gen(q, k, v, *_):
         queries, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -229,7 +205,7 @@ def time_continue(tokens: int, *, batch=1, heads=(QUERIES, KEYS)) -> str:
         lse = torch.full((batch, heads[0], tokens), 8.0, device="cuda")
         return functools.partial(att.attention_continue, q, q.clone(), lse, *und, tile=tile)
 
-    times = {t: time_us(lambda t=t: make(t), nbytes) for t in CONTINUE_TILES}
+    times = {t: microseconds(lambda t=t: make(t), nbytes) for t in CONTINUE_TILES}
     where = f"continue M={tokens} B={batch} heads {heads[0]}/{heads[1]}"
     print(where, *(f"{tuple(s)}: {t:.1f}" for s, t in times.items()), sep=" | ", flush=True)
     best = min(times, key=times.get)
@@ -247,10 +223,10 @@ def time_causal(tokens: int) -> str:
         q, k, v = random(tokens, QUERIES, DIM), random(tokens, KEYS, DIM), random(tokens, KEYS, DIM)
         return functools.partial(call, q, k, v, out=torch.empty_like(q))
 
-    eager = time_us(lambda: make(reference.causal_attention), nbytes)
+    eager = microseconds(lambda: make(reference.causal_attention), nbytes)
     tiles = [t for t in ATTENTION_TILES if not t.tma]
     calls = {t: functools.partial(att.causal_attention, tile=t) for t in tiles}
-    times = {t: time_us(lambda c=c: make(c), nbytes) for t, c in calls.items()}
+    times = {t: microseconds(lambda c=c: make(c), nbytes) for t, c in calls.items()}
     print(f"causal {tokens}", *(f"{tuple(s)}: {t:.1f}" for s, t in times.items()), sep=" | ")
     best = min(times, key=times.get)
     us = times[best]
