@@ -242,15 +242,26 @@ def test_two_calls_give_the_same_bits(build):
     assert torch.equal(first.text_ids, other.text_ids)
 
 
-def test_postprocess_cuts_actions_and_passes_the_video_through(build):
-    action = torch.arange(128.0).reshape(1, 2, 64)
+def test_postprocess_keeps_the_results_own_width_and_passes_the_video_through(build):
+    """The engine's actions are as wide as their request asked, not as this processor's domain."""
+    action = torch.arange(2.0 * 29).reshape(1, 2, 29)
     result = {"action": action, "video": torch.ones(1, 48, 1, 2, 2), "pixels": torch.zeros(1)}
-    output = build().postprocess({**result, "timings": {}})
+    processor = build()
+    assert processor.raw_action_dim == 10
+    output = processor.postprocess({**result, "timings": {}})
     assert sorted(output) == ["action", "pixels", "video"]
-    assert torch.equal(output["action"], action[..., :10])
+    assert torch.equal(output["action"], action)
     assert torch.equal(output["video"], result["video"])
-    assert torch.equal(build().postprocess(action)["action"], action[..., :10])
-    assert build().postprocess({"video": action}).keys() == {"video"}
+    assert torch.equal(processor.postprocess(action[..., :8])["action"], action[..., :8])
+    assert processor.postprocess({"video": action}).keys() == {"video"}
+
+
+def test_postprocess_cuts_padded_actions_to_the_width_it_is_told(build):
+    action = torch.arange(128.0).reshape(1, 2, 64)
+    assert torch.equal(build().postprocess(action, raw_action_dim=10)["action"], action[..., :10])
+    for width in (0, 65):
+        with pytest.raises(ValueError, match=rf"must lie in \[1, 64\], .* got {width}"):
+            build().postprocess(action, raw_action_dim=width)
 
 
 def test_postprocess_returns_the_robots_units(build, tmp_path):

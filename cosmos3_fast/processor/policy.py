@@ -151,17 +151,21 @@ class Cosmos3PolicyProcessor:
             fps=self.fps,
         )
 
-    def postprocess(self, output: Mapping[str, Any] | torch.Tensor) -> dict[str, Any]:
+    def postprocess(
+        self, output: Mapping[str, Any] | torch.Tensor, *, raw_action_dim: int | None = None
+    ) -> dict[str, Any]:
         """A result on the CPU: {"action" [B,chunk,raw], and "video" and "pixels" when they came}.
 
-        `output` is `engine.step`'s dict or an action tensor alone. Actions are cut to
-        raw_action_dim and, with action stats, brought to the robot's units (float32, cut to the
-        width of the stats). ValueError when an action is not finite.
+        `output` is `engine.step`'s dict or an action tensor alone. Actions keep their own width,
+        which in the engine's result is that of its request, whatever domain this processor was made
+        for; `raw_action_dim` cuts actions that are still padded. With action stats they are brought
+        to the robot's units (float32, cut to the width of the stats). ValueError when an action is
+        narrower than that or not finite.
         """
         results = {"action": output} if isinstance(output, torch.Tensor) else output
         finished = {k: results[k].cpu() for k in ("action", "pixels", "video") if k in results}
         if "action" in finished:
-            finished["action"] = self._finish(finished["action"])
+            finished["action"] = self._finish(finished["action"], raw_action_dim)
         return finished
 
     def _width(self, domain: str | int) -> int:
@@ -196,8 +200,14 @@ class Cosmos3PolicyProcessor:
             logger.warning("%d of %d frames given; the last is repeated", len(frames), count)
         return fit_length(frames, count)
 
-    def _finish(self, action: torch.Tensor) -> torch.Tensor:
-        action = action[..., : self.raw_action_dim]
+    def _finish(self, action: torch.Tensor, width: int | None) -> torch.Tensor:
+        if width is not None:
+            if not 1 <= width <= action.shape[-1]:
+                raise ValueError(
+                    f"raw_action_dim must lie in [1, {action.shape[-1]}], the width of the "
+                    f"actions, got {width}"
+                )
+            action = action[..., :width]
         if self._denormalize is not None:
             action = self._denormalize(action)
         if not bool(torch.isfinite(action).all()):
