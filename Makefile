@@ -8,7 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-GPU_MARKERS ?= gpu or gpu2 or gpu4
+GPU_MARKERS ?= gpu or gpu2 or gpu4 or gpu8
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
 .PHONY: venv demo test lint types wheel gpu bench format clean

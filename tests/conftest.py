@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-GPUS = {"gpu": 1, "gpu2": 2, "gpu4": 4}  # marker -> GPUs it needs
+GPUS = {"gpu": 1, "gpu2": 2, "gpu4": 4, "gpu8": 8}  # marker -> GPUs it needs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
