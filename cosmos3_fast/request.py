@@ -19,6 +19,7 @@ from cosmos3_fast.config import TransformerConfig
 
 MODES = ("policy", "forward_dynamics", "inverse_dynamics")
 MAX_TEXT_TOKENS = 4096
+MAX_STEPS = 1000  # training timesteps of the schedules: more steps would share timesteps
 SPATIAL_FACTOR, TEMPORAL_FACTOR = 16, 4
 
 
@@ -49,6 +50,7 @@ class Cosmos3ActionRequest:
     `[1, r, raw_action_dim]`: r rows in front of the chunk, held clean and dropped from the result.
     action_frame_offset: video frame of the first action row; None is 1 - r. guidance_interval:
     `(lo, hi)` in timesteps 0..1000; the unconditional branch runs where lo < t < hi.
+    num_inference_steps: 1 to 1000; a schedule may take fewer (`sampler.sigmas`).
     """
 
     text_ids: torch.Tensor
@@ -161,7 +163,7 @@ def prompt_ids(ids: torch.Tensor, mask: torch.Tensor, name: str, vocab_size: int
         )
     if ids.shape[0] != 1:
         raise ValueError(f"{name}: batch size must be 1, got {ids.shape[0]}")
-    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise ValueError(f"{name} must hold integers, got {ids.dtype}")
     keep = [bool(m) for m in mask[0].tolist()]
     count = sum(keep)
@@ -179,8 +181,8 @@ def prompt_ids(ids: torch.Tensor, mask: torch.Tensor, name: str, vocab_size: int
 
 def check(request: Cosmos3ActionRequest, config: TransformerConfig, *, has_encoder: bool) -> None:
     """Raise ValueError, naming what was expected and what came, for a request that cannot run."""
-    _check_types(request)
     _check_numbers(request, config)
+    _check_types(request)
     prompt_ids(request.text_ids, request.text_mask, "text_ids", config.vocab_size)
     if request.guidance_scale != 1.0:
         prompt_ids(request.neg_text_ids, request.neg_text_mask, "neg_text_ids", config.vocab_size)
@@ -201,10 +203,9 @@ def _check_types(request: Cosmos3ActionRequest) -> None:
 def _check_numbers(request: Cosmos3ActionRequest, config: TransformerConfig) -> None:
     if request.mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {request.mode!r}")
-    if not _is_int(request.num_inference_steps) or request.num_inference_steps < 1:
-        raise ValueError(
-            f"num_inference_steps must be a positive integer, got {request.num_inference_steps}"
-        )
+    steps = request.num_inference_steps
+    if not _is_int(steps) or not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"num_inference_steps must be an integer in [1, {MAX_STEPS}], got {steps}")
     if not _is_int(request.seed) or not 0 <= request.seed < 2**32:
         raise ValueError(f"seed must be an integer in [0, 2**32), got {request.seed}")
     if not _is_finite(request.guidance_scale):
@@ -333,8 +334,13 @@ def _is_int(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    try:
+        return real and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _is_interval(value: Any) -> bool:

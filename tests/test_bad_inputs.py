@@ -202,11 +202,15 @@ REQUESTS = {
     ),
     "zero steps": (
         {"num_inference_steps": 0},
-        "num_inference_steps must be a positive integer, got 0",
+        r"num_inference_steps must be an integer in \[1, 1000\], got 0",
     ),
     "too many steps": (
-        {"num_inference_steps": 3000},
-        "3000 steps are too many for the native schedule",
+        {"num_inference_steps": 1000},
+        "1000 steps are too many for the native schedule",
+    ),
+    "more steps than timesteps": (
+        {"num_inference_steps": 10**9},
+        r"num_inference_steps must be an integer in \[1, 1000\], got 1000000000",
     ),
     "empty prompt": ({"text": ids(0)}, "text_ids must hold 1 to 4096 tokens, got 0"),
     "prompt too long": ({"text": ids(5000)}, "text_ids must hold 1 to 4096 tokens, got 5000"),

@@ -69,6 +69,7 @@ GOOD = {
     "state rows": {"clean_action": noise(1, 3, 10), "action_frame_offset": -2},
     "int32 ids": {"text": ids(5).int()},
     "largest seed": {"seed": 2**32 - 1},
+    "most steps": {"num_inference_steps": 1000},
     "numpy numbers": {
         "num_inference_steps": np.int64(2),
         "seed": np.uint32(7),
@@ -91,9 +92,14 @@ FORWARD = {"mode": "forward_dynamics"}
 PIXELS = {"cond_video_latents": None}
 BAD = {
     "mode": ({"mode": "plan"}, "mode must be one of .*policy.*got 'plan'"),
-    "no steps": ({"num_inference_steps": 0}, "num_inference_steps must be a positive .* got 0"),
+    "no steps": (
+        {"num_inference_steps": 0},
+        r"num_inference_steps must be an integer in \[1, 1000\], got 0",
+    ),
     "half a step": ({"num_inference_steps": 2.5}, "num_inference_steps must be .* got 2.5"),
     "true steps": ({"num_inference_steps": True}, "num_inference_steps must be .* got True"),
+    "1001 steps": ({"num_inference_steps": 1001}, r"an integer in \[1, 1000\], got 1001"),
+    "a billion steps": ({"num_inference_steps": 10**9}, r"in \[1, 1000\], got 1000000000"),
     "seed": ({"seed": -1}, r"seed must be an integer in \[0, 2\*\*32\), got -1"),
     "large seed": ({"seed": 2**32}, "seed must be an integer .* got 4294967296"),
     "guidance": ({"guidance_scale": NAN}, "guidance_scale must be finite, got nan"),
@@ -180,8 +186,11 @@ BAD = {
     "nan state": ({"clean_action": torch.full((1, 1, 10), NAN)}, "clean_action holds values that"),
     "half a frame": ({"cond_frame_indexes": (0.5,)}, r"must be integers, got \(0.5,\)"),
     "no shape": ({"video_shape": None}, r"three positive integers .* got \(\)"),
+    "huge fps": ({"fps": 10**400}, "fps must be positive and finite, got 1000"),
+    "inf guidance": ({"guidance_scale": float("inf")}, "guidance_scale must be finite, got inf"),
     "no fps": ({"fps": None}, "fps must be positive and finite, got None"),
     "guidance in words": ({"guidance_scale": "3"}, "guidance_scale must be finite, got 3"),
+    "guidance of two numbers": ({"guidance_scale": torch.ones(2)}, "guidance_scale must be finite"),
     "interval in words": ({"guidance_interval": "05"}, r"\(lo, hi\) with lo < hi, got 05"),
     "half an interval": ({"guidance_interval": 5}, r"\(lo, hi\) with lo < hi, got 5"),
     "list of ids": ({"text_ids": [[1, 2]]}, "text_ids must be a tensor, got list"),
@@ -201,6 +210,10 @@ BAD = {
     "negative prompt": ({"negative": torch.tensor([[999]])}, "neg_text_ids must lie in"),
     "two prompts": ({"text": ids(6).view(2, 3)}, "text_ids: batch size must be 1, got 2"),
     "float ids": ({"text": torch.ones(1, 3)}, "text_ids must hold integers, got torch.float32"),
+    "complex ids": (
+        {"text": torch.ones(1, 3, dtype=torch.complex64)},
+        "text_ids must hold integers, got torch.complex64",
+    ),
     "bool ids": ({"text": torch.ones(1, 3).bool()}, "text_ids must hold integers, got torch.bool"),
     "flat ids": ({"text": ids(3)[0]}, r"both be \[1, n\], got \[3\] and \[3\]"),
     "mask shape": (
