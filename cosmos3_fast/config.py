@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,38 @@ log = logging.getLogger(__name__)
 
 SCHEDULES = ("karras", "flow", "native")
 PLUGINS = ("cosmos3_policy_wn", "cosmos3_policy")
+MAX_DEADLINE_S = 1e9  # kernels that wait count nanoseconds in 64 bits
+
+
+def _is_number(value: Any) -> bool:
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    try:
+        return real and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
+def _is_count(value: Any) -> bool:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and value >= 1
+
+
+_NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # by a field's annotation
+    "int": ("a positive integer", _is_count),
+    "float": ("positive and finite", lambda value: _is_number(value) and value > 0),
+    "float | None": ("finite", lambda value: value is None or _is_number(value)),
+    "tuple[int, ...]": ("positive integers", lambda values: all(map(_is_count, values))),
+    "tuple[float, ...]": ("finite numbers", lambda values: all(map(_is_number, values))),
+}
+
+
+def _check_numbers(config: Any, prefix: str = "") -> None:
+    """ValueError naming the field for a number that is none, or not what `_NUMBERS` says."""
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
+        what, holds = _NUMBERS.get(str(one.type), ("", lambda _: True))
+        if not holds(value):
+            raise ValueError(f"{prefix}{one.name} must be {what}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -51,11 +85,12 @@ class ParallelConfig:
     tp_size: int = 1
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         if self.cfg_size not in (1, 2):
             raise ValueError(
                 f"cfg_size must be 1 or 2 (there are two branches), got {self.cfg_size}"
             )
-        if self.tp_size < 1 or self.world_size != self.cfg_size * self.tp_size:
+        if self.world_size != self.cfg_size * self.tp_size:
             raise ValueError(
                 f"world_size {self.world_size} must be cfg_size {self.cfg_size} x "
                 f"tp_size {self.tp_size}"
@@ -80,8 +115,11 @@ class RuntimeConfig:
     decode_max_bytes: int = 48 << 30
 
     def __post_init__(self) -> None:
-        if min(self.step_deadline_s, self.max_graphs, self.max_prompts, self.decode_max_bytes) <= 0:
-            raise ValueError(f"every bound of RuntimeConfig must be positive, got {self}")
+        _check_numbers(self)
+        if self.step_deadline_s > MAX_DEADLINE_S:
+            raise ValueError(
+                f"step_deadline_s must be at most {MAX_DEADLINE_S:g}, got {self.step_deadline_s}"
+            )
 
 
 @dataclass(frozen=True)
@@ -113,7 +151,8 @@ class Cosmos3PolicyWNArgs:
     def __post_init__(self) -> None:
         if self.schedule is not None and self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
-        if self.flow_shift is not None and not self.flow_shift > 0:
+        _check_numbers(self)
+        if self.flow_shift is not None and self.flow_shift <= 0:
             raise ValueError(f"flow_shift must be positive, got {self.flow_shift}")
 
 
@@ -223,10 +262,11 @@ class TransformerConfig:
         return cls(**fields)
 
     def __post_init__(self) -> None:
-        if sum(self.rope_axes_dim) != self.head_dim // 2 or len(self.rope_axes_dim) != 3:
+        _check_numbers(self, "transformer config: ")
+        if 2 * sum(self.rope_axes_dim) != self.head_dim or len(self.rope_axes_dim) != 3:
             raise ValueError(
                 f"transformer config: rope_axes_dim {self.rope_axes_dim} must be three numbers "
-                f"that sum to head_dim / 2 = {self.head_dim // 2}"
+                f"that sum to head_dim / 2 = {self.head_dim / 2:g}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -264,6 +304,11 @@ class VAEConfig:
     REQUIRED = {"is_residual": True, "attn_scales": []}  # noqa: RUF012 - a constant of the class
     IGNORED = ("dropout", "clip_output")
 
+    def __post_init__(self) -> None:
+        _check_numbers(self, "vae config: ")
+        if not all(deviation > 0 for deviation in self.latents_std):
+            raise ValueError(f"vae config: latents_std must be positive, got {self.latents_std}")
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> VAEConfig:
         """From the checkpoint's JSON; ValueError names the key that is not supported."""
@@ -300,6 +345,9 @@ class SchedulerConfig:
         "use_exponential_sigmas": False,
         "use_beta_sigmas": False,
     }
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "scheduler config: ")
 
     @classmethod
     def from_dict(

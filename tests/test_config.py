@@ -24,23 +24,40 @@ from cosmos3_fast.config import (
 )
 from cosmos3_fast.testing import NANO_SCHEDULER, NANO_TRANSFORMER, NANO_VAE
 
+NAN, INF = float("nan"), float("inf")
 BAD_CHOICES = {
     "device": (DeviceConfig, {"target": "mps"}, "must be cpu, cuda or cuda:N, got 'mps'"),
     "dtype": (DeviceConfig, {"params_dtype": torch.float64}, "params_dtype must be .*float64"),
     "cfg 3": (ParallelConfig, {"cfg_size": 3, "world_size": 3}, "cfg_size must be 1 or 2.*got 3"),
-    "tp 0": (ParallelConfig, {"tp_size": 0}, "world_size 1 must be cfg_size 1 x tp_size 0"),
+    "tp 0": (ParallelConfig, {"tp_size": 0}, "tp_size must be a positive integer, got 0"),
+    "half a rank": (ParallelConfig, {"tp_size": 1.0}, "tp_size must be a positive .* got 1.0"),
     "world": (
         ParallelConfig,
         {"world_size": 4, "cfg_size": 2},
         "world_size 4 must be cfg_size 2 x tp_size 1",
     ),
-    "deadline": (RuntimeConfig, {"step_deadline_s": 0}, "must be positive.*step_deadline_s=0"),
-    "graphs": (RuntimeConfig, {"max_graphs": 0}, "must be positive.*max_graphs=0"),
-    "prompts": (RuntimeConfig, {"max_prompts": -1}, "must be positive.*max_prompts=-1"),
-    "bytes": (RuntimeConfig, {"decode_max_bytes": 0}, "must be positive.*decode_max_bytes=0"),
+    "deadline": (RuntimeConfig, {"step_deadline_s": 0}, "step_deadline_s must be positive.* got 0"),
+    "nan deadline": (RuntimeConfig, {"step_deadline_s": NAN}, "step_deadline_s must .* got nan"),
+    "no deadline": (
+        RuntimeConfig,
+        {"step_deadline_s": INF},
+        "step_deadline_s must be positive and finite, got inf",
+    ),
+    "a long deadline": (
+        RuntimeConfig,
+        {"step_deadline_s": 1e18},
+        r"step_deadline_s must be at most 1e\+09, got 1e\+18",
+    ),
+    "graphs": (RuntimeConfig, {"max_graphs": 0}, "max_graphs must be a positive integer, got 0"),
+    "nan graphs": (RuntimeConfig, {"max_graphs": NAN}, "max_graphs must be .* got nan"),
+    "prompts": (RuntimeConfig, {"max_prompts": -1}, "max_prompts must be a positive .* got -1"),
+    "half a prompt": (RuntimeConfig, {"max_prompts": 1.5}, "max_prompts must be .* got 1.5"),
+    "bytes": (RuntimeConfig, {"decode_max_bytes": 0}, "decode_max_bytes must be .* got 0"),
+    "inf bytes": (RuntimeConfig, {"decode_max_bytes": INF}, "decode_max_bytes must be .* got inf"),
     "schedule": (Cosmos3PolicyWNArgs, {"schedule": "euler"}, "schedule must be one of .*'euler'"),
     "shift": (Cosmos3PolicyWNArgs, {"flow_shift": 0.0}, "flow_shift must be positive, got 0.0"),
-    "nan shift": (Cosmos3PolicyWNArgs, {"flow_shift": float("nan")}, "must be positive, got nan"),
+    "nan shift": (Cosmos3PolicyWNArgs, {"flow_shift": NAN}, "flow_shift must be finite, got nan"),
+    "inf shift": (Cosmos3PolicyWNArgs, {"flow_shift": INF}, "flow_shift must be finite, got inf"),
     "plugin": (EngineArgs, {"plugin": "pi0"}, "plugin must be one of .*'pi0'"),
 }
 
@@ -99,6 +116,17 @@ BAD_TRANSFORMERS = {
     "axes": ({"rope_axes_dim": [24, 20, 24]}, r"\(24, 20, 24\) must be .* head_dim / 2 = 64"),
     "two axes": ({"rope_axes_dim": [32, 32]}, r"rope_axes_dim \(32, 32\) must be three"),
     "heads": ({"num_key_value_heads": 5}, "num_attention_heads 32 is no multiple of .* 5"),
+    "odd heads": (
+        {"head_dim": 129},
+        r"rope_axes_dim \(24, 20, 20\) must be .* head_dim / 2 = 64.5",
+    ),
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, got 0"),
+    "no keys": ({"num_key_value_heads": 0}, "num_key_value_heads must be a positive .* got 0"),
+    "sizes in words": ({"hidden_size": "4096"}, "hidden_size must be a positive .* got '4096'"),
+    "nan eps": ({"rms_norm_eps": NAN}, "rms_norm_eps must be positive and finite, got nan"),
+    "inf theta": ({"rope_theta": INF}, "rope_theta must be positive and finite, got inf"),
+    "no frames": ({"base_fps": 0}, "base_fps must be positive and finite, got 0"),
+    "negative axis": ({"rope_axes_dim": [-4, 34, 34]}, r"rope_axes_dim must be positive integers"),
     "patch": ({"patch_latent_dim": 48}, "patch_latent_dim 48 must be latent_channel 48 x"),
 }
 
@@ -142,6 +170,9 @@ BAD_VAES = {
     "wan 2.1": ({"is_residual": False}, "is_residual must be true"),
     "means": ({"latents_mean": [0.0]}, "latents_mean must hold z_dim = 48 numbers"),
     "no deviations": ({"latents_std": None}, "latents_std must hold z_dim = 48 numbers"),
+    "nan mean": ({"latents_mean": [NAN] * 48}, "latents_mean must be finite numbers, got"),
+    "zero deviation": ({"latents_std": [0.0] + [1.0] * 47}, "latents_std must be positive, got"),
+    "width": ({"base_dim": -1}, "base_dim must be a positive integer, got -1"),
     "attention": ({"attn_scales": [0.5]}, r"attn_scales = \[0.5\] is not supported"),
     "quantised": ({"quantization_config": {"a": 1}}, "vae config: quantization_config is set"),
 }
@@ -172,6 +203,13 @@ BAD_SCHEDULERS = {
 def test_other_solvers_are_refused_by_key(key, value):
     with pytest.raises(ValueError, match=f"scheduler config: {key} = .* is not supported"):
         SchedulerConfig.from_dict(NANO_SCHEDULER | {key: value})
+
+
+@pytest.mark.parametrize("name", ["sigma_min", "sigma_max", "flow_shift"])
+@pytest.mark.parametrize("value", [NAN, INF, "5"])
+def test_numbers_of_the_scheduler_are_finite(name, value):
+    with pytest.raises(ValueError, match=f"scheduler config: {name} must be .*finite, got"):
+        SchedulerConfig.from_dict(NANO_SCHEDULER | {name: value})
 
 
 def test_the_schedule_is_read_from_both_files():
