@@ -40,11 +40,13 @@ def over_blocks(
     acc, top, total, q, k_ptr, v_ptr, k_row, v_row, k_desc, v_desc, desc_row, desc_column,
     start, stop, token, scale,
     DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    TAIL: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
+    TAIL: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, diagonal=0,
 ):  # fmt: skip
     """(acc [R, D], top [R], total [R]) after keys [start, stop); TMA reads through descriptors.
 
     k_ptr and v_ptr point at key 0 of the head; key 0 is (desc_row, desc_column) of a descriptor.
+    CAUSAL hides the keys after each row's token in the blocks from key `diagonal` on, and then TMA
+    may read past stop, zeros past the descriptor's end.
     """
     column = tl.arange(0, KEYS)
     at = tl.arange(0, DIM)
@@ -64,10 +66,11 @@ def over_blocks(
             if STAGES == 1:
                 v = tl.load(v_block)
         scores = tl.dot(q, k, input_precision="ieee")
-        if TAIL:
+        if CAUSAL:  # which hides the keys from stop on, too
+            if first >= diagonal:
+                scores = tl.where(key[None, :] <= token[:, None], scores, -float("inf"))
+        elif TAIL:
             scores = tl.where((key < stop)[None, :], scores, -float("inf"))
-        if CAUSAL:
-            scores = tl.where(key[None, :] <= token[:, None], scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1) * scale)
         weights = tl.math.exp2(scores * scale - new_top[:, None])
         kept = tl.math.exp2(top - new_top)

@@ -31,6 +31,7 @@ from gpu_kernels_checks import (
     run_checks,
     state_inputs,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cosmos3_fast.kernels import attention as att
 from cosmos3_fast.kernels import (
@@ -41,6 +42,7 @@ from cosmos3_fast.kernels import (
     timestep_add,
     unipc_step,
 )
+from cosmos3_fast.kernels.causal_attention import CausalTile
 from cosmos3_fast.kernels.online_softmax import Tile
 from cosmos3_fast.testing.tune import microseconds
 
@@ -59,6 +61,12 @@ ATTENTION_TILES = (
     Tile(64, 64, 4, 3, tma=True, tail=16),
     Tile(64, 64, 4, 4, tma=True),
     Tile(128, 64, 8, 3, tma=True),
+)
+CAUSAL_TILES = tuple(
+    CausalTile(*tile, tma, split)
+    for tile in ((64, 64, 4, 3), (64, 32, 4, 4), (128, 64, 8, 3))
+    for tma in (False, True)
+    for split in (False, True)
 )
 COPY = 4.26e6  # bytes a microsecond of a copy
 
@@ -223,16 +231,23 @@ def time_causal(tokens: int) -> str:
         q, k, v = random(tokens, QUERIES, DIM), random(tokens, KEYS, DIM), random(tokens, KEYS, DIM)
         return functools.partial(call, q, k, v, out=torch.empty_like(q))
 
-    eager = microseconds(lambda: make(reference.causal_attention), nbytes)
-    tiles = [t for t in ATTENTION_TILES if not t.tma]
-    calls = {t: functools.partial(att.causal_attention, tile=t) for t in tiles}
+    def by_torch(backend):
+        def run(q, k, v, out):
+            with sdpa_kernel(backend):
+                reference.causal_attention(q, k, v)
+
+        return run
+
+    backends = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    flash, cudnn = (microseconds(lambda b=b: make(by_torch(b)), nbytes) for b in backends)
+    calls = {t: functools.partial(att.causal_attention, tile=t) for t in (None, *CAUSAL_TILES)}
     times = {t: microseconds(lambda c=c: make(c), nbytes) for t, c in calls.items()}
-    print(f"causal {tokens}", *(f"{tuple(s)}: {t:.1f}" for s, t in times.items()), sep=" | ")
-    best = min(times, key=times.get)
-    us = times[best]
+    listed = (f"{tuple(s) if s else 'set'}: {t:.1f}" for s, t in times.items())
+    print(f"causal {tokens} flash {flash:.1f} cuDNN {cudnn:.1f}", *listed, sep=" | ", flush=True)
+    best, us = min(times, key=times.get), times[None]
     return (
-        f"causal n={tokens}: {us:.1f} us {flop / us / 1e6:.0f} TFLOP/s {tuple(best)}, "
-        f"x{eager / us:.2f} of torch"
+        f"causal n={tokens}: {us:.1f} us {flop / us / 1e6:.0f} TFLOP/s; best {best or 'as set'} "
+        f"{times[best]:.1f}; x{flash / us:.2f} of flash, x{cudnn / us:.2f} of cuDNN with its plan"
     )
 
 
@@ -261,7 +276,7 @@ def main() -> int:
     short = [time_continue(tokens, **shape) for tokens, shape in shapes]
     short += [measure(tokens, tokens, **shape) for tokens, shape in shapes]
     if not options.attention:
-        short += [time_causal(tokens) for tokens in (160, 1024, 4096)]
+        short += [time_causal(tokens) for tokens in (160, 256, 512, 1024, 2048, 3072, 4096)]
         for label, rows in ROWS.items():
             short += time_memory_bound(rows, label)
     print("---", *short, f"failed checks: {failures}", sep="\n", flush=True)

@@ -203,6 +203,7 @@ def check_causal(tokens: int, dtype: torch.dtype) -> None:
     out = att.causal_attention(q, k, v, out=guarded(*q.shape, dtype=dtype))
     truth = reference.causal_attention(*double(q, k, v))
     assert_close(out, reference.causal_attention(q, k, v), truth)
+    assert torch.equal(att.causal_attention(q, k, v), out), "two runs differ"
     guarded.check()
 
 
@@ -223,7 +224,7 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
         ):
             check = functools.partial(check_attention, PATHS, ROWS[size], lengths, dtype)
             yield f"attention {size} und {lengths} {kind}", check
-        for tokens in (1, 160, 1000, 4096):
+        for tokens in (1, 33, 160, 257, 1000, 3001, 4096):
             yield f"causal {tokens} {kind}", functools.partial(check_causal, tokens, dtype)
     for tile in CONTINUE_TILES:
         path = functools.partial(att.attention_cudnn, tile=tile)

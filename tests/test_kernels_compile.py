@@ -74,12 +74,15 @@ def settings(name: str):
         constants = {"GUIDED": variant == "2-branches", "BLOCK": block}
         return unipc_step._unipc_step_kernel, types, constants, warps
     size = 4 if variant == "float32" else 2
-    constants = {"GROUP": 4, "DIM": 128}
+    constants, types = {"GROUP": 4, "DIM": 128}, {"scale": "fp32"}
     if op == "causal_attention":
         tile = causal_attention.tile_for(int(variant), 2) if size == 2 else causal_attention.FLOAT32
         constants |= {"ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.stages}
-        return causal_attention._causal_kernel, {"scale": "fp32"}, constants, tile.warps
-    types = {"und_len_ptr": "*i32", "scale": "fp32"}
+        constants |= {"TMA": tile.tma, "SPLIT": tile.split}
+        block = f"tensordesc<bf16[{tile.keys}, 128]>" if tile.tma else None
+        (types if tile.tma else constants).update(k_desc=block, v_desc=block)
+        return causal_attention._causal_kernel, types, constants, tile.warps
+    types |= {"und_len_ptr": "*i32"}
     if op == "attention_continue":
         tile = attention_continue.TILES[size]
         constants |= {"ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.stages}

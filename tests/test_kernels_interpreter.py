@@ -313,8 +313,27 @@ def test_causal_attention(tokens, queries, kv, dim, dtype):
     out = guarded(*q.shape, dtype=dtype, gap=8)
     assert kernel("attention").causal_attention(q, k, v, out=out) is out
     truth = reference.causal_attention(*double(q, k, v))
-    assert_close(out, reference.causal_attention(q, k, v), truth)
+    eager = reference.causal_attention(q, k, v)
+    assert_close(out, eager, truth)
     guarded.check()
+    module = kernel("causal_attention")
+    for tma, split in ((False, False), (False, True), (True, False), (True, True)):
+        tile = module.CausalTile(32, 16, 4, 2, tma=tma, split=split)
+        got = module.causal_attention(q, k.contiguous(), v.contiguous(), tile=tile)
+        assert_close(got, eager, truth)
+        assert tma or torch.equal(got, module.causal_attention(q, k, v, tile=tile))
+
+
+@interpreted
+def test_causal_attention_sees_no_later_token():
+    """What comes after a token changes nothing of it, to the bit, whatever the tile."""
+    q, k, v = (random(70, heads, 16, seed=heads) for heads in (4, 2, 2))
+    module = kernel("causal_attention")
+    for tile in (module.FLOAT32, module.CausalTile(64, 32, 4, 1), module.TILES[-1][1]):
+        whole = module.causal_attention(q, k, v, tile=tile)
+        for count in (1, 16, 33, 69):
+            part = module.causal_attention(q[:count], k[:count], v[:count], tile=tile)
+            assert torch.equal(part, whole[:count]), (tile, count)
 
 
 @interpreted
