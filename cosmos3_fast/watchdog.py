@@ -49,19 +49,21 @@ class Sign:
 
     def describe(self, now: float) -> str:
         """One line for the message."""
-        step = "no step yet" if self.step < 0 else f"step {self.step}"
+        asked = "no request yet" if self.step < 0 else f"request {self.step}"
         text = f" ({self.text})" if self.text else ""
         state = f"{self.state} for {now - self.since:.1f} s{text}"
-        return f"{step}, {state}, last sign {now - self.seen:.1f} s ago"
+        return f"{asked}, {state}, last sign {now - self.seen:.1f} s ago"
 
 
 class Watchdog:
     """Watches over the ranks of a mesh from construction to `close`. Does nothing at size 1.
 
-    `deadline`: seconds one step may take. `silence`: seconds without a sign after which a rank
-    counts as dead (None: 10, at most `deadline`). Construction is a collective (a barrier on the
-    host). One main thread uses `begin`, `end`, `step`; every end of the process happens in the
-    judging thread, by os._exit(EXIT_STATUS) after a message on stderr.
+    A step here is one request of the engine, from the agreement on it to its result; its denoising
+    steps are parts of it (`note`). `deadline`: seconds one step may take. `silence`: seconds
+    without a sign after which a rank counts as dead (None: 10, at most `deadline`). Construction
+    is a collective (a barrier on the host). One main thread uses `begin`, `end`, `step`; every end
+    of the process happens in the judging thread, by os._exit(EXIT_STATUS) after a message on
+    stderr.
     """
 
     def __init__(self, mesh: Mesh, *, deadline: float = 30.0, silence: float | None = None) -> None:
@@ -110,7 +112,10 @@ class Watchdog:
         self._set(RUNNING, step, "")
 
     def note(self, text: str) -> None:
-        """Name the part of the step that runs now, for the message. Costs no exchange."""
+        """Name the part of the step that the host is in now, for the message. Costs no exchange.
+
+        The device may be behind: the host issues captured work without waiting for it.
+        """
         self._signs[self.rank].text = text
 
     def end(self) -> None:
@@ -203,9 +208,8 @@ class Watchdog:
             if sign.state == CLOSED:
                 continue
             if now - sign.seen > self.silence and now - self._answered < self.silence / 2:
-                why = (
-                    f"; it failed in step {sign.step}: {sign.text}" if sign.state == FAILED else ""
-                )
+                failed = f"; it failed in request {sign.step}: {sign.text}"
+                why = failed if sign.state == FAILED else ""
                 return f"no sign of rank {rank} for {now - sign.seen:.1f} s{why}"
         if self._lost and self._signs[0].state != CLOSED:
             return f"no sign of rank 0: its store (or torchrun's) is gone: {self._lost}"
@@ -222,7 +226,7 @@ class Watchdog:
         for rank, sign in others if not doubt else ():
             if sign.state in (FAILED, CLOSED) and min(now - sign.since, running) > self.silence / 2:
                 why = f": {sign.text}" if sign.text else ""
-                return f"rank {rank} {sign.state} in step {sign.step}{why}"
+                return f"rank {rank} {sign.state} in request {sign.step}{why}"
         if running > self._limit:
             return self._late(now, running)
         return ""
@@ -230,14 +234,18 @@ class Watchdog:
     def _late(self, now: float, running: float) -> str:
         """The step passed its deadline: name who keeps it."""
         own = self._signs[self.rank]
-        text = f"step {own.step} has run {running:.1f} s, past its deadline of {self._limit:g} s: "
+        part = f", {own.text}," if own.text else ""
+        text = (
+            f"request {own.step}{part} has run {running:.1f} s, "
+            f"past its deadline of {self._limit:g} s: "
+        )
         others = [(rank, sign) for rank, sign in enumerate(self._signs) if rank != self.rank]
         rank, oldest = min(others, key=lambda item: item[1].seen)
         if now - oldest.seen > 4 * self.period:
             return f"{text}no sign of rank {rank} for {now - oldest.seen:.1f} s"
         for rank, sign in others:
             if sign.state != RUNNING or sign.step != own.step:
-                return f"{text}rank {rank} is not in it (step {sign.step}, {sign.state})"
+                return f"{text}rank {rank} is not in it (request {sign.step}, {sign.state})"
         return f"{text}all ranks are in it"
 
     def _end_process(self, cause: str) -> None:

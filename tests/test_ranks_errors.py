@@ -244,7 +244,7 @@ SCENARIOS = {
     "kill -9 of rank 0": ("kill", 0, (1, 2), "no sign of rank 0: its store"),
     "SIGSTOP of rank 3": ("stop", 3, (2, 2), "no sign of rank 3 for "),
     "rank 1 hangs": ("hang", 1, (2, 1), "past its deadline of 3 s: all ranks are in it"),
-    "rank 1 fails": ("fail", 1, (1, 2), "in step 2: KeyError: 'out of luck'"),
+    "rank 1 fails": ("fail", 1, (1, 2), "in request 2: KeyError: 'out of luck'"),
 }
 
 

@@ -6,6 +6,7 @@ All scenarios run at once, each in its own launch of three ranks with a deadline
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -27,10 +28,10 @@ SCENARIOS = {
     "kill -9 of rank 2 between steps": ("kill idle", 2, "no sign of rank 2 for "),
     "SIGSTOP of rank 1": ("stop", 1, "no sign of rank 1 for "),
     "SIGSTOP of rank 0, which holds the store": ("stop", 0, "no sign of rank 0 for "),
-    "rank 1 does not come to the step": ("absent", 1, "rank 1 is not in it (step 20, idle)"),
+    "rank 1 does not come to the step": ("absent", 1, "rank 1 is not in it (request 20, idle)"),
     "rank 1 hangs in the step": ("hang", 1, "all ranks are in it"),
-    "rank 1 fails alone": ("fail", 1, "rank 1 failed in step 21: KeyError: 'out of luck'"),
-    "rank 1 fails and leaves": ("leave", 1, "it failed in step 21: KeyError: 'out of luck'"),
+    "rank 1 fails alone": ("fail", 1, "rank 1 failed in request 21: KeyError: 'out of luck'"),
+    "rank 1 fails and leaves": ("leave", 1, "it failed in request 21: KeyError: 'out of luck'"),
 }
 
 
@@ -45,9 +46,9 @@ def case_steps() -> None:
             if what == "kill idle" or (what == "absent" and mesh.rank == victim):
                 time.sleep(60)
         with suppress(KeyError) if what == "fail" else nullcontext(), watchdog.step(step):
-            if step == 21 and mesh.rank == victim and what == "hang":
-                watchdog.note("decode")
-                time.sleep(60)
+            if step == 21 and what == "hang":
+                watchdog.note("step 2 of 4")
+                time.sleep(60 if mesh.rank == victim else 0)
             if step == 21 and mesh.rank == victim and what in ("fail", "leave"):
                 raise KeyError("out of luck")
             mesh.all_reduce(x.fill_(1))
@@ -120,15 +121,18 @@ def test_every_survivor_ends_with_the_cause(outcomes, name) -> None:
         assert status == EXIT_STATUS, said
         assert f"rank {rank} of 3 ends itself: " in said
         assert cause in said.partition("ends itself: ")[2].splitlines()[0], said
-        assert all(f"  rank {other}: step " in said for other in range(3))
+        assert all(f"  rank {other}: request " in said for other in range(3))
 
 
-def test_the_message_names_the_part_that_hangs(outcomes) -> None:
+def test_the_message_names_the_request_and_the_step_that_hang(outcomes) -> None:
     said = outcomes["rank 1 hangs in the step"]["stderr"].values()
-    assert all("past its deadline of 3 s" in text for text in said)
+    words = (
+        r"request 21, step 2 of 4, has run 3\.\d s, past its deadline of 3 s: all ranks are in it"
+    )
+    assert all(re.search(words, text) for text in said)
     # The first to end says what rank 1 does; the others may see that it has ended.
-    first = [text for text in said if "running for" in text and "(decode), last sign 0." in text]
-    assert first
+    line = r"  rank 1: request 21, running for [\d.]+ s \(step 2 of 4\), last sign 0\."
+    assert any(re.search(line, text) for text in said)
 
 
 def test_nothing_happens_while_all_is_well() -> None:
