@@ -104,14 +104,20 @@ def load(runner: StepRunner, plan: Plan, request: Cosmos3ActionRequest) -> None:
 
 
 def denoise(
-    runner: StepRunner, plan: Plan, on_step: Callable[[int], None] | None = None
+    runner: StepRunner,
+    plan: Plan,
+    on_step: Callable[[int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> torch.Tensor:
     """Run every step on a loaded runner; returns the final state float32 [N] (the runner's own
     buffer).
 
-    `on_step(i)` is called when step i has been issued; nothing in the loop waits for the device.
+    `note` gets "step K of N" before a step is issued, `on_step(i)` is called when step i has been;
+    nothing in the loop waits for the device.
     """
     for index, guided in enumerate(plan.guided):
+        if note is not None:
+            note(f"step {index + 1} of {len(plan.guided)}")
         runner.step(guided)
         if on_step is not None:
             on_step(index)

@@ -7,33 +7,25 @@ the weights and answers requests one at a time. `docs/architecture.md` tells the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, TypeVar, cast
+from typing import NoReturn, TypeVar, cast
 
 import numpy as np
 import torch
 
-from cosmos3_fast import agreement, denoise, latents, ops, startup
+from cosmos3_fast import agreement, denoise, latents, startup
 from cosmos3_fast.cache import BoundedCache
-from cosmos3_fast.checkpoint import Slot, open_checkpoint
-from cosmos3_fast.config import (
-    CheckpointConfig,
-    Cosmos3PolicyWNArgs,
-    DeviceConfig,
-    EngineArgs,
-    EngineConfig,
-    ParallelConfig,
-    RuntimeConfig,
-)
-from cosmos3_fast.graph import Captured, StepRunner
-from cosmos3_fast.loader import LoadReport, load, progress_bar
+from cosmos3_fast.checkpoint import Slot
+from cosmos3_fast.config import EngineArgs
+from cosmos3_fast.graph import Encoders, StepRunner
+from cosmos3_fast.loader import LoadReport
 from cosmos3_fast.model import Cosmos3Transformer
 from cosmos3_fast.parallel import Mesh
-from cosmos3_fast.request import TEMPORAL_FACTOR, Cosmos3ActionRequest, Layout, check
+from cosmos3_fast.request import Cosmos3ActionRequest, Layout, check, pixels_to_encode
 from cosmos3_fast.stages import Stages
 from cosmos3_fast.vae import WanVAE
 from cosmos3_fast.watchdog import Watchdog
@@ -42,9 +34,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Noise = Future[tuple[np.ndarray, np.ndarray]]  # of video and action
 Und = tuple[torch.Tensor, torch.Tensor]  # keys and values of a prompt
-Encoder = tuple[torch.Tensor, Captured[torch.Tensor]]  # its pixels, and the call that encodes them
 MAX_ENCODERS = 4  # captured encoder shapes kept
-PREPARE_S = 600.0  # deadline of a request that must compile and capture first
+MAX_DECODERS = 64  # decoded shapes remembered: cuDNN keeps what its search found
+PREPARE_S = 600.0  # deadline of a request that must compile, capture or search first
 
 
 class Engine:
@@ -53,7 +45,8 @@ class Engine:
     `step(request)` must be called on every rank with the same request. After it, `times` holds the
     milliseconds of each stage and `peak_bytes` the device memory of the process so far. A refused
     request (ValueError) leaves the engine as it was; over several ranks any later error makes it
-    refuse further requests (RuntimeError).
+    refuse further requests (RuntimeError). One call at a time: while one runs, another one, from
+    whatever thread, raises RuntimeError at once and changes nothing; `close` too.
     """
 
     def __init__(
@@ -69,24 +62,32 @@ class Engine:
         `weights` fills the slots of each network instead of the checkpoint's tensors, whose files
         are then not read (`testing.fill_random`: a model of real size without its weights).
         """
-        self.args, self._weights = args, weights
+        self.args = args
         self.mesh = Mesh.create(args.config.parallel, startup.device_of(args.config.device))
         self.device = self.mesh.device
         self.times: dict[str, float] = {}
         self.load_reports: dict[str, LoadReport] = {}
+        self._model: Cosmos3Transformer | None = None
         self.vae: WanVAE | None = None
         self._failed, self._requests, self._warned = "", 0, False
+        self._busy = threading.Lock()
         runtime = args.config.runtime
         self._runners = BoundedCache[StepRunner](runtime.max_graphs, StepRunner.close)
-        self._encoders = BoundedCache[Encoder](MAX_ENCODERS, lambda pair: pair[1].reset())
+        self._encoders = Encoders(MAX_ENCODERS)
         self._prompts = BoundedCache[Und](runtime.max_prompts)
+        self._decoders = BoundedCache[bool](MAX_DECODERS)
+        self._caches = (self._runners, self._encoders, self._prompts, self._decoders)
         self._host = ThreadPoolExecutor(1, thread_name_prefix="cosmos3-noise")
         self._watchdog: Watchdog | None = None
         try:
-            self.checkpoint = self._together(lambda: startup.read(args.plugin_args))
-            self._together(lambda: self._build(progress))
-            deadline = args.config.runtime.step_deadline_s
-            self._watchdog = Watchdog(self.mesh, deadline=deadline)
+            self.checkpoint = self.together(
+                lambda: startup.read(args.plugin_args, self.device),
+                lambda found: startup.facts(args, found, with_tensors=weights is None),
+            )
+            self._model, self.vae, self.load_reports = self.together(
+                lambda: startup.build(args, self.checkpoint, self.mesh, weights, progress)
+            )
+            self._watchdog = Watchdog(self.mesh, deadline=runtime.step_deadline_s)
         except BaseException:
             self.close()
             raise
@@ -113,27 +114,19 @@ class Engine:
         device: None is this rank's GPU where there is one, else "cpu". dtype: None is bfloat16 on a
         GPU, float32 on a CPU. schedule, flow_shift: None is what the checkpoint says.
         """
-        folder = Path(dir_or_hub_id)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(str(dir_or_hub_id), revision=revision))
-        target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        on_gpu = str(target).startswith("cuda")
-        params_dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
-        plugin = Cosmos3PolicyWNArgs(
-            checkpoint_dir=folder,
-            flow_shift=flow_shift,
-            use_karras_sigmas=None,
-            decode_video=decode_video,
+        found = startup.arguments(
+            dir_or_hub_id,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            cfg_size=cfg_size,
+            tp_size=tp_size,
             schedule=schedule,
+            flow_shift=flow_shift,
+            decode_video=decode_video,
+            use_cuda_graph=use_cuda_graph,
         )
-        config = EngineConfig(
-            device=DeviceConfig(target, params_dtype),
-            parallel=ParallelConfig(cfg_size * tp_size, cfg_size, tp_size),
-            runtime=RuntimeConfig(use_cuda_graph=use_cuda_graph),
-        )
-        return cls(EngineArgs(plugin_args=plugin, config=config))
+        return cls(found)
 
     def step(
         self,
@@ -149,56 +142,77 @@ class Engine:
         any compute), FloatingPointError when a result is not finite: nothing is returned then.
         `on_step(i)` is called as step i is issued.
         """
-        if self._failed:
-            self._fail_again()
-        assert self._watchdog is not None
-        plan, noise, prepared = self._agree(request)
-        self._requests += 1
-        deadline = None if prepared else PREPARE_S
-        try:
-            with torch.no_grad(), self._here(), self._watchdog.step(self._requests, deadline):
-                return self._run(request, plan, noise, on_step)
-        except BaseException as error:
-            if self.mesh.world_size > 1:
-                self._failed = f"{type(error).__name__}: {error}"
-            raise
+        with self._alone():
+            return self._step(request, on_step)
 
     def refuse(self, error: ValueError) -> NoReturn:
         """Take part in this request with an error instead of a request (an unreadable file, say).
 
         Every rank raises ValueError; the other ranks call `step` or `refuse` as for any request.
         """
-        agreement.agree(self.mesh, {}, error=error)
-        raise error
+        with self._alone():
+            if self._failed:
+                self._fail_again()
+            agreement.agree(self.mesh, {}, error=error)
+            raise error
 
     def warmup(self, request: Cosmos3ActionRequest) -> None:
         """Compile, capture and fill the caches for requests of this one's shape; its result is
         dropped.
         """
-        for _ in range(2):
-            self.step(request)
+        with self._alone():
+            for _ in range(2):
+                self._step(request)
+
+    def together(
+        self, work: Callable[[], T], facts: Callable[[T], dict[str, str]] | None = None
+    ) -> T:
+        """work() on every rank at once; where it raises on any, every rank raises ValueError with
+        the words of all that failed (one rank alone: its own error).
+
+        `facts`: digests of the result that must be equal on all ranks.
+        """
+        error, result, held = None, None, {}
+        with self._alone():
+            if self._failed:
+                self._fail_again()
+            try:
+                result = work()
+                held = {} if facts is None else facts(result)
+            except Exception as caught:  # whatever it is, the other ranks must hear of it
+                error = caught
+            agreement.agree(self.mesh, held, error=error)
+        return cast(T, result)
 
     def close(self) -> None:
-        """Give back graphs, then symmetric memory, then the process group the engine started."""
-        if self._watchdog is not None:
-            self._watchdog.close()
-        self._host.shutdown()
-        for cache in (self._runners, self._encoders, self._prompts):
-            cache.clear()
-        self.vae = None
-        self.mesh.close()
-        self._failed = "closed"
+        """Give back graphs, networks, then symmetric memory, then the process group the engine
+        started; on a GPU the memory is free for other processes, too. Later calls raise
+        RuntimeError; closing again does nothing.
+        """
+        with self._alone():
+            if self._watchdog is not None:
+                self._watchdog.close()
+            self._host.shutdown()
+            for cache in self._caches:
+                cache.clear()
+            self._model = self.vae = None
+            self.mesh.close()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._failed = "closed"
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def model(self) -> Cosmos3Transformer:
+        """This rank's part of the two towers; RuntimeError once the engine is closed."""
+        if self._model is None:
+            raise RuntimeError(f"this engine must be rebuilt: {self._failed}")
+        return self._model
 
     @property
     def peak_bytes(self) -> int:
@@ -209,45 +223,34 @@ class Engine:
         """For Triton, events and captures, which use a thread's current device; -1: no change."""
         return torch.cuda.device(self.device.index if self.device.type == "cuda" else -1)
 
-    def _together(self, work: Callable[[], T]) -> T:
-        """work() on every rank; if it raises ValueError on any, every rank raises."""
-        error, result, facts = None, None, {}
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The engine belongs to this call: its buffers, graphs and the ranks' order of collectives
+        are those of one.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("this engine is in another call; it runs one at a time")
         try:
-            result = work()
-            if isinstance(result, CheckpointConfig):
-                facts = startup.facts(self.args, result, self._weights is None)
-        except Exception as caught:  # whatever it is, the other ranks must hear of it
-            error = caught
-        agreement.agree(self.mesh, facts, error=error)
-        return cast(T, result)
+            yield
+        finally:
+            self._busy.release()
 
-    def _build(self, progress: bool) -> None:
-        config, folder = self.args.config, self.checkpoint.folder
-        place: dict[str, Any] = {"device": self.device, "dtype": config.device.params_dtype}
-        self.model = Cosmos3Transformer(self.checkpoint.transformer, self.mesh, **place)
-        parts: list[tuple[str, Cosmos3Transformer | WanVAE]] = [("transformer", self.model)]
-        if self.checkpoint.vae is not None:
-            self.vae = WanVAE(
-                self.checkpoint.vae,
-                mesh=self.mesh,
-                decoder=self.args.plugin_args.decode_video,
-                max_bytes=config.runtime.decode_max_bytes,
-                deadline=config.runtime.step_deadline_s,
-                **place,
-            )
-            parts.append(("vae", self.vae))
-        for name, part in parts:
-            if self._weights is not None:
-                self._weights(part.slots())
-                continue
-            show = progress and self.mesh.rank == 0
-            self.load_reports[name] = load(
-                part.slots(),
-                open_checkpoint(folder / name),
-                unused=part.unused,
-                strict=self.args.plugin_args.weight_strict,
-                progress=progress_bar(name) if show else None,
-            )
+    def _step(
+        self, request: Cosmos3ActionRequest, on_step: Callable[[int], None] | None = None
+    ) -> dict[str, torch.Tensor]:
+        if self._failed:
+            self._fail_again()
+        assert self._watchdog is not None
+        plan, noise, prepared = self._agree(request)
+        self._requests += 1
+        deadline = None if prepared else PREPARE_S
+        try:
+            with torch.no_grad(), self._here(), self._watchdog.step(self._requests, deadline):
+                return self._run(request, plan, noise, on_step, self._watchdog.note)
+        except BaseException as error:
+            if self.mesh.world_size > 1:
+                self._failed = f"{type(error).__name__}: {error}"
+            raise
 
     def _fail_again(self) -> NoReturn:
         """Refuse to go on; ranks that did not fail get a ValueError instead of waiting for this
@@ -287,26 +290,28 @@ class Engine:
         return plan, noise, all(held for name, held in together.items() if "prompt" not in name)
 
     def _state(self, plan: denoise.Plan, request: Cosmos3ActionRequest) -> dict[str, bool | None]:
-        """Which of the things whose making is a collective this rank has; None for a prompt that
-        only the other guidance branch needs.
+        """Which of the things whose making is a collective or takes long this rank has; None for a
+        prompt that only the other guidance branch needs.
         """
         branches = plan.branches(self.mesh)  # differ between the cfg groups
         held: dict[str, bool | None] = {
             f"prompt {i}": ids in self._prompts if i in branches else None
             for i, ids in enumerate(plan.prompts)
         }
-        runner, pixels = self._runners.peek(plan.key), _clip(request, plan.layout)
+        runner, pixels = self._runners.peek(plan.key), pixels_to_encode(request, plan.layout)
         for guided in set(plan.guided):
             held[f"step {guided}"] = runner is not None and runner.prepared(guided)
         if pixels is not None:
             held["encoder"] = tuple(pixels.shape) in self._encoders
+        if self.args.plugin_args.decode_video:
+            held["decoder"] = _decoder_key(plan.layout) in self._decoders
         return held
 
     def _forget(self) -> None:
         """Ranks differ in what they have cached: all of them go on from nothing, so that they stay
         equal in what their caches drop later, too.
         """
-        for cache in (self._runners, self._encoders, self._prompts):
+        for cache in self._caches:
             cache.clear()
 
     def _run(
@@ -315,8 +320,10 @@ class Engine:
         plan: denoise.Plan,
         noise: Noise,
         on_step: Callable[[int], None] | None,
+        note: Callable[[str], None],
     ) -> dict[str, torch.Tensor]:
         stages = Stages(self.device)
+        note("before its first step")
         runner = self._runner(plan)
         stages.mark("prepare")
         clean = self._clean(request, plan.layout)
@@ -328,7 +335,7 @@ class Engine:
         denoise.load(runner, plan, request)
         runner.set_state(self._noise_state(noise, plan.layout), clean)
         stages.mark("load")
-        state = denoise.denoise(runner, plan, on_step)
+        state = denoise.denoise(runner, plan, on_step, note)
         stages.mark("denoise")
         video, rows = latents.split(state, plan.layout)
         result = {
@@ -337,12 +344,16 @@ class Engine:
         }
         if self.args.plugin_args.decode_video:
             assert self.vae is not None
+            note("decode")
             result["pixels"] = self.vae.decode(video)
             stages.mark("decode")
+        note(f"all {plan.schedule.steps} steps issued, waiting for the device")
         denoise.require_finite(result | {"state": state})
         late = self.vae.failure() if self.vae is not None else None
         if late:
             raise TimeoutError(late)
+        if self.args.plugin_args.decode_video:
+            self._decoders.get(_decoder_key(plan.layout), lambda: True)
         self.times = stages.milliseconds()
         return result
 
@@ -365,35 +376,21 @@ class Engine:
 
     def _clean(self, request: Cosmos3ActionRequest, layout: Layout) -> torch.Tensor:
         """float32 [N]: the clean values of the state, pixels encoded where they are given."""
-        pixels = _clip(request, layout)
-        given = request.cond_video_latents if pixels is None else self._encode(pixels)
+        pixels, given = pixels_to_encode(request, layout), request.cond_video_latents
+        if pixels is not None:
+            assert self.vae is not None
+            capture = self.args.config.runtime.use_cuda_graph
+            given = self._encoders.encode(self.vae, pixels, self.device, capture)
         actions = request.cond_action if request.mode == "forward_dynamics" else None
         return latents.clean_state(layout, given, actions, request.clean_action, self.device)
-
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalised latents of pixels [1, 3, T, H, W], uint8 or in [-1, 1]."""
-        assert self.vae is not None
-        vae, pixels = self.vae, pixels.to(self.device)
-        if pixels.dtype == torch.uint8:
-            pixels = ops.image_to_tensor(pixels[0].permute(1, 2, 3, 0))[None]
-
-        def make() -> Encoder:
-            static = torch.zeros_like(pixels, dtype=vae.dtype, memory_format=torch.channels_last_3d)
-            capture = self.args.config.runtime.use_cuda_graph
-            return static, Captured(lambda: vae.encode(static), self.device, capture)
-
-        static, encode = self._encoders.get(tuple(pixels.shape), make)
-        static.copy_(pixels)
-        return encode()
 
     def _noise_state(self, noise: Noise, layout: Layout) -> torch.Tensor:
         video, action = (torch.from_numpy(part).to(self.device) for part in noise.result())
         return latents.flatten(video, action, layout)
 
 
-def _clip(request: Cosmos3ActionRequest, layout: Layout) -> torch.Tensor | None:
-    """The pixels that must be encoded: the causal prefix of the last clean frame, or None."""
-    if request.cond_video_latents is not None or not layout.clean_frames:
-        return None
-    assert request.cond_video_pixels is not None
-    return request.cond_video_pixels[:, :, : 1 + TEMPORAL_FACTOR * layout.clean_frames[-1]]
+def _decoder_key(layout: Layout) -> tuple[int, ...]:
+    """What cuDNN's search depends on: the latents' shape, and the thread, which has a cache of its
+    own. Several shapes share a `ShapeKey`.
+    """
+    return layout.frames, layout.height, layout.width, threading.get_ident()

@@ -1,5 +1,5 @@
 """The denoising step with static buffers: copied into before the loop, captured once per shape,
-replayed.
+replayed; the VAE's encoder likewise.
 
 A `StepRunner` owns every buffer of one `ShapeKey`. What differs between requests of that shape
 (prompt and its length, positions, schedule, guidance scale, seed, embodiment) is data in those
@@ -15,11 +15,13 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from cosmos3_fast import ops
+from cosmos3_fast.cache import BoundedCache
 from cosmos3_fast.latents import Masks
 from cosmos3_fast.model import Adapter, Cosmos3Transformer, GenInputs
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.request import Layout
 from cosmos3_fast.sampler import COEF
+from cosmos3_fast.vae import WanVAE
 
 T = TypeVar("T")
 CAPACITIES = (256, 1024, 4096)  # UND tokens a captured step has room for
@@ -58,6 +60,39 @@ class Captured(Generic[T]):
         if self._graph is not None:
             self._graph.reset()
             del self._result
+
+
+class Encoders:
+    """The VAE's encoder with static pixels, captured for each of the last `bound` shapes."""
+
+    def __init__(self, bound: int) -> None:
+        # By shape: the static pixels, and the call that encodes them.
+        self._kept = BoundedCache[tuple[torch.Tensor, Captured[torch.Tensor]]](
+            bound, lambda pair: pair[1].reset()
+        )
+
+    def __contains__(self, shape: Hashable) -> bool:
+        return shape in self._kept
+
+    def clear(self) -> None:
+        """Give every graph back."""
+        self._kept.clear()
+
+    def encode(
+        self, vae: WanVAE, pixels: torch.Tensor, device: torch.device, capture: bool
+    ) -> torch.Tensor:
+        """Normalised latents of pixels [1, 3, T, H, W], uint8 or in [-1, 1], from any device."""
+        pixels = pixels.to(device)
+        if pixels.dtype == torch.uint8:
+            pixels = ops.image_to_tensor(pixels[0].permute(1, 2, 3, 0))[None]
+
+        def make() -> tuple[torch.Tensor, Captured[torch.Tensor]]:
+            static = torch.zeros_like(pixels, dtype=vae.dtype, memory_format=torch.channels_last_3d)
+            return static, Captured(lambda: vae.encode(static), device, capture)
+
+        static, call = self._kept.get(tuple(pixels.shape), make)
+        static.copy_(pixels)
+        return call()
 
 
 @dataclass(frozen=True)

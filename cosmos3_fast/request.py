@@ -155,6 +155,16 @@ def layout(request: Cosmos3ActionRequest, config: TransformerConfig) -> Layout:
     )
 
 
+def pixels_to_encode(request: Cosmos3ActionRequest, layout: Layout) -> torch.Tensor | None:
+    """[1, 3, T, H, W]: the causal prefix of a checked request's last clean frame; None without
+    one.
+    """
+    if request.cond_video_latents is not None or not layout.clean_frames:
+        return None
+    assert request.cond_video_pixels is not None
+    return request.cond_video_pixels[:, :, : 1 + TEMPORAL_FACTOR * layout.clean_frames[-1]]
+
+
 def prompt_ids(ids: torch.Tensor, mask: torch.Tensor, name: str, vocab_size: int) -> list[int]:
     """Token ids of one prompt, the masked tail cut; ValueError names the field and the numbers."""
     if ids.ndim != 2 or ids.shape != mask.shape:

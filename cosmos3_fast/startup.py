@@ -1,21 +1,75 @@
-"""Before the first request: the checkpoint's configuration, what ranks agree on, the report."""
+"""Before the first request: arguments, the checkpoint's configuration, what ranks agree on, the
+networks and their weights, the report.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from cosmos3_fast import agreement, denoise, ops
-from cosmos3_fast.checkpoint import open_checkpoint
-from cosmos3_fast.config import CheckpointConfig, Cosmos3PolicyWNArgs, DeviceConfig, EngineArgs
-from cosmos3_fast.loader import LoadReport
+from cosmos3_fast.checkpoint import Slot, open_checkpoint
+from cosmos3_fast.config import (
+    CheckpointConfig,
+    Cosmos3PolicyWNArgs,
+    DeviceConfig,
+    EngineArgs,
+    EngineConfig,
+    ParallelConfig,
+    RuntimeConfig,
+    TransformerConfig,
+)
+from cosmos3_fast.loader import LoadReport, load, progress_bar
 from cosmos3_fast.model import Cosmos3Transformer, parameter_bytes
+from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.request import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from cosmos3_fast.vae import WanVAE
 
 log = logging.getLogger(__name__)
+# What the attention kernels take: powers of two, of which 256 would need more shared memory than a
+# block has on sm_90 (262144 bytes of 232448).
+GPU_HEAD_DIMS = (16, 32, 64, 128)
+
+
+def arguments(
+    dir_or_hub_id: str | Path,
+    *,
+    revision: str | None,
+    device: str | None,
+    dtype: torch.dtype | None,
+    cfg_size: int,
+    tp_size: int,
+    schedule: str | None,
+    flow_shift: float | None,
+    decode_video: bool,
+    use_cuda_graph: bool,
+) -> EngineArgs:
+    """What `Engine.from_pretrained` stands for; a name that is no folder is downloaded."""
+    folder = Path(dir_or_hub_id)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(dir_or_hub_id), revision=revision))
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = str(target).startswith("cuda")
+    params_dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    plugin = Cosmos3PolicyWNArgs(
+        checkpoint_dir=folder,
+        flow_shift=flow_shift,
+        use_karras_sigmas=None,
+        decode_video=decode_video,
+        schedule=schedule,
+    )
+    config = EngineConfig(
+        device=DeviceConfig(target, params_dtype),
+        parallel=ParallelConfig(cfg_size * tp_size, cfg_size, tp_size),
+        runtime=RuntimeConfig(use_cuda_graph=use_cuda_graph),
+    )
+    return EngineArgs(plugin_args=plugin, config=config)
 
 
 def device_of(config: DeviceConfig) -> torch.device:
@@ -31,14 +85,17 @@ def device_of(config: DeviceConfig) -> torch.device:
     return device
 
 
-def read(plugin: Cosmos3PolicyWNArgs) -> CheckpointConfig:
-    """The checkpoint's configuration, checked against the arguments; ValueError names the fault."""
+def read(plugin: Cosmos3PolicyWNArgs, device: torch.device) -> CheckpointConfig:
+    """The checkpoint's configuration, checked against arguments and device; ValueError names the
+    fault.
+    """
     if plugin.checkpoint_dir is None:
         raise ValueError("Cosmos3PolicyWNArgs.checkpoint_dir is not set")
     checkpoint = CheckpointConfig.read(plugin.checkpoint_dir)
     if plugin.decode_video and checkpoint.vae is None:
         raise ValueError(f"decode_video needs {checkpoint.folder / 'vae'}, which is missing")
     _check_vae(checkpoint)
+    _check_kernels(checkpoint.transformer, device)
     denoise.schedule_of(plugin, checkpoint.scheduler, 1)
     return checkpoint
 
@@ -57,6 +114,15 @@ def _check_vae(checkpoint: CheckpointConfig) -> None:
         )
 
 
+def _check_kernels(config: TransformerConfig, device: torch.device) -> None:
+    """The torch references, which the CPU runs, take any even head_dim."""
+    if device.type == "cuda" and config.head_dim not in GPU_HEAD_DIMS:
+        raise ValueError(
+            f"transformer config: head_dim must be one of {GPU_HEAD_DIMS} on a GPU, "
+            f"got {config.head_dim}"
+        )
+
+
 def facts(args: EngineArgs, checkpoint: CheckpointConfig, with_tensors: bool) -> dict[str, str]:
     """What must be equal on all ranks before weights are read, as {name: digest}.
 
@@ -71,6 +137,45 @@ def facts(args: EngineArgs, checkpoint: CheckpointConfig, with_tensors: bool) ->
             listing = [[n, *t.shape, str(t.dtype)] for n, t in sorted(tensors.items())]
         found[f"{part} tensors"] = agreement.digest(listing)
     return found | {"dtype": agreement.digest(args.config.device.params_dtype)}
+
+
+def build(
+    args: EngineArgs,
+    checkpoint: CheckpointConfig,
+    mesh: Mesh,
+    weights: Callable[[Mapping[str, Slot]], None] | None,
+    progress: bool,
+) -> tuple[Cosmos3Transformer, WanVAE | None, dict[str, LoadReport]]:
+    """The networks with their weights, and what was loaded of each part; `weights` as in `Engine`.
+    ValueError names the file or tensor at fault.
+    """
+    runtime, vae = args.config.runtime, None
+    place: dict[str, Any] = {"device": mesh.device, "dtype": args.config.device.params_dtype}
+    model = Cosmos3Transformer(checkpoint.transformer, mesh, **place)
+    parts: list[tuple[str, Cosmos3Transformer | WanVAE]] = [("transformer", model)]
+    if checkpoint.vae is not None:
+        vae = WanVAE(
+            checkpoint.vae,
+            mesh=mesh,
+            decoder=args.plugin_args.decode_video,
+            max_bytes=runtime.decode_max_bytes,
+            deadline=runtime.step_deadline_s,
+            **place,
+        )
+        parts.append(("vae", vae))
+    reports = {}
+    for name, part in parts:
+        if weights is not None:
+            weights(part.slots())
+            continue
+        reports[name] = load(
+            part.slots(),
+            open_checkpoint(checkpoint.folder / name),
+            unused=part.unused,
+            strict=args.plugin_args.weight_strict,
+            progress=progress_bar(name) if progress and mesh.rank == 0 else None,
+        )
+    return model, vae, reports
 
 
 def report(
@@ -91,8 +196,8 @@ def report(
         size / 1e9,
         "on" if args.config.runtime.use_cuda_graph and on_gpu else "off",
     )
-    for name, load in loads.items():
-        log.info("%s: %s", name, load)
+    for name, loaded in loads.items():
+        log.info("%s: %s", name, loaded)
     rows = ops.backends(model.device)
     log.info("ops: %s", ", ".join(f"{op} {where}" for op, where in rows.items()))
     if on_gpu and rows["rms_norm"] == "triton" and rows["conv_input"] != "_C":
