@@ -1,6 +1,7 @@
 """What the command refuses: one line on stderr, exit status 2, no network call, no file."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -96,6 +97,12 @@ COMMANDS = {
     ),
     "half a condition frame": ((*GOOD, "--condition-frames", "0.5"), "takes integers, got '0.5'"),
     "zero steps": ((*GOOD, "--steps", "0"), "num_inference_steps must be .* got 0"),
+    "a billion steps": (
+        (*GOOD, "--steps", "1000000000"),
+        r"num_inference_steps must be an integer in \[1, 1000\], got 1000000000",
+    ),
+    "fps of no video": ((*GOOD, "--fps", "1e300"), r"cannot have 1e\+300 frames a second"),
+    "fps of a still": ((*GOOD, "--fps", "1e-6"), "a video cannot have 1e-06 frames a second"),
     "chunk of 6": ((*GOOD, "--action-chunk-size", "6"), "multiple of 4, got 6"),
     "empty prompt": ((*GOOD, "--prompt", " "), "must be an instruction that is not empty"),
     "tier": ((*GOOD, "--image-size", "300"), "image_size 300 is no resolution tier"),
@@ -124,7 +131,7 @@ COMMANDS = {
     "device": ((*GOOD, "--device", "tpu"), "device target must be cpu, cuda or cuda:N, got 'tpu'"),
     "results in a file": (
         (*GOOD, "--out", "{files}/good.png/out"),
-        r"(File exists|Not a directory): '.*/good\.png'",
+        r"cannot write .*/good\.png/out_action\.json: Not a directory",
     ),
     "droid without a state": (
         ("--preset", "droid", *GOOD),
@@ -162,6 +169,23 @@ def test_the_command_refuses_in_one_line_with_status_2(files, tmp_path, capsys, 
     with pytest.raises(ValueError, match=message):
         raise ValueError(said[0])
     assert list(tmp_path.iterdir()) == []
+
+
+INFO = {
+    "no ranks": (("--tp", "0"), "world_size must be a positive integer, got 0"),
+    "three groups": (("--cfg", "3"), "cfg_size must be 1 or 2"),
+    "device": (("--device", "tpu"), "device target must be cpu, cuda or cuda:N, got 'tpu'"),
+    "a billion steps": (("--steps", "1000000000"), r"must be an integer in \[1, 1000\]"),
+    "a huge chunk": (("--action-chunk-size", "400000000"), "tokens, more than 1048576"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), INFO.values(), ids=INFO)
+def test_info_refuses_what_run_would(capsys, flags, message):
+    base = ["info", "--checkpoint", str(checkpoint()), "--domain-name", "umi"]
+    assert main([*base, *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cosmos3-fast info: ") and re.search(message, line)
 
 
 def test_a_missing_vae_is_named_when_pixels_come(tmp_path, capsys, files):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from cosmos3_fast import denoise
+from cosmos3_fast.cli.output import require_place, writing
+from cosmos3_fast.config import DeviceConfig
 from cosmos3_fast.engine import Engine
 from cosmos3_fast.testing import fill_random, make_nano_folder, make_tiny_checkpoint
 from cosmos3_fast.testing.gate import gate
@@ -54,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Check, measure, print; ValueError when a check fails, and then no figure of that kind."""
     kinds = _kinds(args)
-    device = torch.device(args.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    if args.json:
+        require_place(args.json)
+    target = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(DeviceConfig(target).target)
     if device.type == "cpu" and not args.tiny:
         raise ValueError("the real size needs a GPU of about 40 GiB: add --tiny here")
     if args.tune and device.type == "cpu":
@@ -72,8 +77,9 @@ def main(args: argparse.Namespace) -> None:
             report = _measure(engine, kinds, args)
     print(table(report["requests"]))
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+        with writing(args.json):
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
         print(f"wrote {args.json}")
 
 

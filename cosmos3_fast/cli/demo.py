@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from cosmos3_fast.cli.output import write_video
+from cosmos3_fast.cli.output import write_video, writing
 from cosmos3_fast.testing import make_tiny_checkpoint
 
 PROMPT = "robot picks up the red cup"
@@ -32,13 +32,14 @@ def main(args: argparse.Namespace) -> None:
     from cosmos3_fast.cli import main as command  # the command is what a user would type
 
     begin, out = time.perf_counter(), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint"
-    make_tiny_checkpoint(checkpoint)
     frames = [render(index) for index in range(FRAMES)]
-    frames[0].save(out / "observation.png")
     clip = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))
-    write_video(out / "observation.mp4", clip.permute(3, 0, 1, 2)[None] / 255, FPS)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        make_tiny_checkpoint(checkpoint)
+        frames[0].save(out / "observation.png")
+        write_video(out / "observation.mp4", clip.permute(3, 0, 1, 2)[None] / 255, FPS)
     common = ["--checkpoint", str(checkpoint), "--prompt", PROMPT, "--domain-name", "droid_lerobot"]
     common += ["--image-size", "256", "--steps", str(args.steps)]
     common += ["--device", args.device] if args.device else []

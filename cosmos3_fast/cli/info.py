@@ -17,6 +17,7 @@ from cosmos3_fast.graph import ShapeKey
 from cosmos3_fast.model import Cosmos3Transformer, parameter_bytes
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.processor import DROID
+from cosmos3_fast.request import check
 from cosmos3_fast.vae import WanVAE
 
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Print one line a fact."""
     settings = Settings.of(args)
+    settings.engine_args()  # refuses a device or a mesh that cannot be
     checkpoint = CheckpointConfig.read(args.checkpoint)
     config = checkpoint.transformer
     processor = settings.processor("cpu")
@@ -41,6 +43,7 @@ def main(args: argparse.Namespace) -> None:
     )
     state = DROID().encode_state([0.0] * 7, 0.0) if args.preset == "droid" else None
     request = request_of(processed, settings, state)
+    check(request, config, has_encoder=True)
     schedule = denoise.schedule_of(
         settings.plugin_args(False), checkpoint.scheduler, request.num_inference_steps
     )

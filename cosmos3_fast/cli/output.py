@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,6 +25,34 @@ def say(command: str, error: Exception) -> SaidError:
     return SaidError(str(error))
 
 
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError in here (no space, no permission) becomes a ValueError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {os.fspath(path)}: {error.strerror or error}") from error
+
+
+def require_place(path: str | os.PathLike[str]) -> None:
+    """Try, before any work, to open the file if it is there, else to make one in its folder, or in
+    the nearest one above it that is; nothing stays behind. ValueError names `path`.
+    """
+    with writing(path):
+        if os.path.lexists(path):
+            with open(path, "ab"):
+                return
+        parents = Path(path).absolute().parents
+        folder = next(parent for parent in parents if os.path.lexists(parent))
+        with tempfile.TemporaryFile(dir=folder):
+            return
+
+
+def result_files(out: str, video: bool) -> list[Path]:
+    """What `write_results` writes: OUT_action.json, OUT_action.png and OUT.mp4."""
+    return [Path(f"{out}{end}") for end in ("_action.json", "_action.png", ".mp4")[: 2 + video]]
+
+
 def require_writers(video: bool, plot: bool) -> None:
     """Import what the outputs need before any work is done; ImportError names the extra."""
     try:
@@ -35,6 +66,16 @@ def require_writers(video: bool, plot: bool) -> None:
         ) from error
 
 
+def video_rate(fps: float) -> Fraction:
+    """Frames a second as a fraction of 32-bit integers, which a video file holds; ValueError for
+    what none is near to.
+    """
+    rate = Fraction(fps).limit_denominator(10000)
+    if not 0 < rate.numerator < 2**31:
+        raise ValueError(f"a video cannot have {fps:g} frames a second")
+    return rate
+
+
 def write_video(path: str | os.PathLike[str], pixels: torch.Tensor, fps: float) -> None:
     """pixels [1, 3, T, H, W] in [0, 1] as H.264 in an mp4 of `fps` frames a second."""
     import av
@@ -42,7 +83,7 @@ def write_video(path: str | os.PathLike[str], pixels: torch.Tensor, fps: float) 
     frames = (pixels[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0)
     height, width = frames.shape[1:3]
     with av.open(os.fspath(path), mode="w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10000))
+        stream = container.add_stream("libx264", rate=video_rate(fps))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "18"}
         for frame in frames.contiguous().cpu().numpy():
@@ -67,13 +108,16 @@ def plot_actions(path: str | os.PathLike[str], action: torch.Tensor, title: str)
 
 
 def write_results(out: str, results: dict[str, torch.Tensor], fps: float, title: str) -> list[Path]:
-    """OUT_action.json, OUT_action.png and, with pixels, OUT.mp4 in a folder that exists; their
-    paths.
+    """Action JSON, plot and, with pixels, video, their folder made if need be; their paths.
+    ValueError names the one that cannot be written.
     """
-    written = [Path(f"{out}_action.json"), Path(f"{out}_action.png")]
-    write_actions(written[0], results["action"])
-    plot_actions(written[1], results["action"], title)
-    if "pixels" in results:
-        written.append(Path(f"{out}.mp4"))
-        write_video(written[-1], results["pixels"], fps)
-    return written
+    actions, plot, *video = files = result_files(out, "pixels" in results)
+    with writing(actions):
+        actions.parent.mkdir(parents=True, exist_ok=True)
+        write_actions(actions, results["action"])
+    with writing(plot):
+        plot_actions(plot, results["action"], title)
+    for path in video:
+        with writing(path):
+            write_video(path, results["pixels"], fps)
+    return files

@@ -6,14 +6,20 @@ Alone or under torchrun; every rank runs, rank 0 alone prints and writes.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from cosmos3_fast.cli.flags import Settings, add_device_flags, add_request_flags, numbers
-from cosmos3_fast.cli.output import require_writers, say, write_results
+from cosmos3_fast.cli.output import (
+    require_place,
+    require_writers,
+    result_files,
+    say,
+    video_rate,
+    write_results,
+)
 from cosmos3_fast.engine import Engine
 from cosmos3_fast.launch import launch_size
 from cosmos3_fast.processor import (
@@ -48,6 +54,8 @@ def main(args: argparse.Namespace) -> None:
     """
     settings = Settings.of(args)
     _check_flags(args)
+    for path in result_files(args.out, video=not args.no_video):
+        require_place(path)
     with Engine(settings.engine_args(not args.no_video), progress=True) as engine:
         try:
             _answer(settings, engine)
@@ -60,15 +68,19 @@ def _answer(settings: Settings, engine: Engine) -> None:
     try:
         require_writers(not args.no_video and main_rank, main_rank)
         processor, request = _request(settings, engine.device)
-        if main_rank:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        if not args.no_video:
+            video_rate(request.fps)
     except (ValueError, ImportError, OSError) as error:
         engine.refuse(ValueError(str(error)))
     steps = tqdm(total=request.num_inference_steps, unit="step", disable=not main_rank)
     with steps:
         result = engine.step(request, on_step=lambda _: steps.update())
-    if main_rank:
-        _finish(settings, engine, processor.postprocess(result))
+
+    def finish() -> None:
+        if main_rank:
+            _finish(settings, engine, processor.postprocess(result))
+
+    engine.together(finish)  # all ranks end alike where rank 0 cannot write
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from cosmos3_fast.cli.output import writing
 from cosmos3_fast.testing import make_tiny_checkpoint
 
 
@@ -15,5 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Write it and say where."""
-    make_tiny_checkpoint(args.folder, seed=args.seed)
+    with writing(args.folder):
+        make_tiny_checkpoint(args.folder, seed=args.seed)
     print(f"wrote a tiny checkpoint to {args.folder}")
