@@ -28,24 +28,26 @@ MAX_DEADLINE_S = 1e9  # kernels that wait count nanoseconds in 64 bits
 
 
 def _is_number(value: Any) -> bool:
-    real = isinstance(value, Real) and not isinstance(value, bool)
     try:
-        return real and math.isfinite(value)
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer that no float holds
         return False
 
 
 def _is_count(value: Any) -> bool:
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    return whole and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _all(kind: Callable[[Any], bool], values: Any) -> bool:
+    return isinstance(values, tuple) and all(map(kind, values))
 
 
 _NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # by a field's annotation
     "int": ("a positive integer", _is_count),
     "float": ("positive and finite", lambda value: _is_number(value) and value > 0),
     "float | None": ("finite", lambda value: value is None or _is_number(value)),
-    "tuple[int, ...]": ("positive integers", lambda values: all(map(_is_count, values))),
-    "tuple[float, ...]": ("finite numbers", lambda values: all(map(_is_number, values))),
+    "tuple[int, ...]": ("positive integers", lambda values: _all(_is_count, values)),
+    "tuple[float, ...]": ("finite numbers", lambda values: _all(_is_number, values)),
 }
 
 
@@ -117,9 +119,8 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         _check_numbers(self)
         if self.step_deadline_s > MAX_DEADLINE_S:
-            raise ValueError(
-                f"step_deadline_s must be at most {MAX_DEADLINE_S:g}, got {self.step_deadline_s}"
-            )
+            limit = f"at most {MAX_DEADLINE_S:g}"
+            raise ValueError(f"step_deadline_s must be {limit}, got {self.step_deadline_s}")
 
 
 @dataclass(frozen=True)
@@ -196,16 +197,15 @@ def _take(cls: type, data: Mapping[str, Any], required: Mapping[str, Any], name:
     for key, value in required.items():
         if key in data and data[key] != value:
             raise ValueError(f"{name}: {key} = {data[key]!r} is not supported, only {value!r}")
-    known = {f.name for f in dataclasses.fields(cls)} | set(required)
-    unknown = sorted(k for k in data if k not in known and not k.startswith("_"))
+    fields = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(k for k in data if k not in fields | set(required) and not k.startswith("_"))
     if unknown:
         log.warning("%s: keys without a meaning here are ignored: %s", name, ", ".join(unknown))
-    fields = {f.name for f in dataclasses.fields(cls)}
-    return {
-        k: tuple(v) if isinstance(v, list) else v
-        for k, v in data.items()
-        if k in fields and v is not None
-    }
+    return {k: _tupled(v) for k, v in data.items() if k in fields and v is not None}
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -255,10 +255,10 @@ class TransformerConfig:
             )
         rest = {k: v for k, v in data.items() if k not in cls.IGNORED}
         fields = _take(cls, rest, cls.REQUIRED, "transformer config")
-        if "rope_axes_dim" not in fields and data.get("rope_scaling"):
-            section = data["rope_scaling"].get("mrope_section")
-            if section is not None:
-                fields["rope_axes_dim"] = tuple(section)
+        scaling = data.get("rope_scaling")
+        if isinstance(scaling, Mapping) and scaling.get("mrope_section") is not None:
+            section = scaling["mrope_section"]
+            fields.setdefault("rope_axes_dim", _tupled(section))
         return cls(**fields)
 
     def __post_init__(self) -> None:
@@ -315,7 +315,8 @@ class VAEConfig:
         if not data.get("is_residual"):
             raise ValueError("vae config: is_residual must be true (Wan2.2's VAE)")
         for key in ("latents_mean", "latents_std"):
-            if len(data.get(key) or ()) != data.get("z_dim", cls.z_dim):
+            found = _tupled(data.get(key))
+            if not isinstance(found, tuple) or len(found) != data.get("z_dim", cls.z_dim):
                 raise ValueError(f"vae config: {key} must hold z_dim = {data.get('z_dim')} numbers")
         rest = {k: v for k, v in data.items() if k not in cls.IGNORED}
         return cls(**_take(cls, rest, cls.REQUIRED, "vae config"))

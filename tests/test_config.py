@@ -126,6 +126,11 @@ BAD_TRANSFORMERS = {
     "nan eps": ({"rms_norm_eps": NAN}, "rms_norm_eps must be positive and finite, got nan"),
     "inf theta": ({"rope_theta": INF}, "rope_theta must be positive and finite, got inf"),
     "no frames": ({"base_fps": 0}, "base_fps must be positive and finite, got 0"),
+    "one axis": ({"rope_axes_dim": 64}, "rope_axes_dim must be positive integers, got 64"),
+    "no axes": (
+        {"rope_axes_dim": None, "rope_scaling": {"mrope_section": 64}},
+        "rope_axes_dim must be positive integers, got 64",
+    ),
     "negative axis": ({"rope_axes_dim": [-4, 34, 34]}, r"rope_axes_dim must be positive integers"),
     "patch": ({"patch_latent_dim": 48}, "patch_latent_dim 48 must be latent_channel 48 x"),
 }
@@ -169,6 +174,7 @@ def test_unknown_keys_are_logged_by_name(caplog):
 BAD_VAES = {
     "wan 2.1": ({"is_residual": False}, "is_residual must be true"),
     "means": ({"latents_mean": [0.0]}, "latents_mean must hold z_dim = 48 numbers"),
+    "one mean": ({"latents_mean": 0.5}, "latents_mean must hold z_dim = 48 numbers"),
     "no deviations": ({"latents_std": None}, "latents_std must hold z_dim = 48 numbers"),
     "nan mean": ({"latents_mean": [NAN] * 48}, "latents_mean must be finite numbers, got"),
     "zero deviation": ({"latents_std": [0.0] + [1.0] * 47}, "latents_std must be positive, got"),
