@@ -20,6 +20,7 @@ from cosmos3_fast.config import TransformerConfig
 MODES = ("policy", "forward_dynamics", "inverse_dynamics")
 MAX_TEXT_TOKENS = 4096
 MAX_STEPS = 1000  # training timesteps of the schedules: more steps would share timesteps
+MAX_TOKENS = 1 << 20  # of video and actions; the masks of more are not even laid out
 SPATIAL_FACTOR, TEMPORAL_FACTOR = 16, 4
 
 
@@ -198,6 +199,12 @@ def check(request: Cosmos3ActionRequest, config: TransformerConfig, *, has_encod
         prompt_ids(request.neg_text_ids, request.neg_text_mask, "neg_text_ids", config.vocab_size)
     _check_video(request, config, has_encoder)
     _check_actions(request, config)
+    tokens = layout(request, config).tokens
+    if tokens > MAX_TOKENS:
+        raise ValueError(
+            f"video_shape {request.video_shape} and action_chunk {request.action_chunk} make "
+            f"{tokens} tokens, more than {MAX_TOKENS}"
+        )
 
 
 def _check_types(request: Cosmos3ActionRequest) -> None:
@@ -346,9 +353,8 @@ def _is_int(value: object) -> bool:
 
 def _is_finite(value: Any) -> bool:
     """Whether it is a number that a float can hold."""
-    real = isinstance(value, Real) and not isinstance(value, bool)
     try:
-        return real and math.isfinite(value)
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer that no float holds
         return False
 

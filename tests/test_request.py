@@ -224,6 +224,18 @@ BAD = {
         {"text": ids(3), "text_mask": torch.tensor([[1, 0, 1]])},
         "text_ids: zeros of the mask may only be a tail",
     ),
+    "a huge picture": (
+        {"video_shape": (2, 10**5, 10**5), "cond_frame_indexes": (), "cond_video_latents": None},
+        r"\(2, 100000, 100000\) and action_chunk 4 make 5000000004 tokens, more than 1048576",
+    ),
+    "a huge chunk": (
+        {
+            "video_shape": (1, 5, 6),
+            "action_chunk": 4 * 10**9,
+            "cond_video_latents": noise(1, 48, 1, 5, 6),
+        },
+        "action_chunk 4000000000 make 4000000009 tokens, more than 1048576",
+    ),
     "all masked": ({"text_mask": torch.zeros(1, 19)}, "text_ids must hold 1 to 4096 tokens, got 0"),
 }
 
