@@ -6,16 +6,17 @@ q [n, Hq, D], k, v [n, Hk, D] -> [n, Hq, D], float32 accumulation (online_softma
 rows are (token, head of the group) pairs; only the blocks on the diagonal are masked. The programs
 with the most keys start first, over all heads.
 
-H200, bf16, microseconds of this kernel and of torch's fastest attention (cuDNN throughout), by
-tokens and heads:
+H200, bf16, head_dim 128: microseconds of this kernel and of torch's fastest attention (cuDNN, its
+plan made before), in one run, by tokens and heads:
 
-    tokens        160        256        512        1024       2048       3072        4096
-    32/8      6.6, 10.0  7.8, 10.5  12.5, 14.8  24.8, 33.2  75.6, 84.1  160, 163   286, 265
-    16/4                  6.7, 10.0   9.8, 13.6  18.4, 21.2  39.2, 53.9  83.1, 96.2  134, 153
-    8/2                   6.5, 9.5    9.3, 13.5  14.9, 20.4  30.7, 34.0  47.6, 62.0  67.2, 97.1
+    tokens   160        256       512         1024        2048        3072        4096
+    32/8     6.3, 9.7   7.6, 9.9  11.6, 13.9  24.9, 32.3  77.8, 82.2  175, 167    312, 286
+    16/4     5.9, 9.1   7.0, 9.5  9.7, 13.3   18.3, 20.6  40.2, 53.4  87.2, 94.4  147, 158
+    8/2      5.6, 8.7   6.6, 8.7  9.3, 12.8   15.1, 19.8  31.7, 33.6  50.1, 61.3  71.5, 94.5
 
-cuDNN is not taken at 4096: it builds a plan for every new number of tokens, which takes 28 to 30 ms
-where it would save 0.02 ms in each of 35 layers. torch's flash attention, without plans, takes 517.
+cuDNN is not taken where it is ahead: it makes a plan for every new number of tokens, in 28 to 30
+ms, and would save 1 in the 35 layers of a prompt of 4096. torch's flash attention needs no plans
+and takes 517.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ class CausalTile(NamedTuple):
     split: bool = False
 
 
-# (at most so many tokens, 2-byte tile), the fastest of 24 on an H200 up to 2048 tokens. A launch
-# with TMA takes 12 us more of the host, which is what a short prompt waits for. The mask's branch
-# in the loop costs up to 6 % of a long one, what follows the loop 1 us of each program. float32
-# runs on FMA units: a larger block spills its registers.
+# (at most so many tokens, 2-byte tile), the fastest of 26 on an H200; up to 256 tokens, TMA would
+# save 0.3 us of the GPU and cost 12 of the host, for which a short prompt waits. One loop saves up
+# to 1.6 us below 2048 tokens, its branch costs up to 7 % at 3072. float32 runs on FMA units: a
+# larger block spills its registers.
 TILES = (
     (256, CausalTile(64, 64, 4, 3)),
     (2560, CausalTile(64, 64, 4, 3, tma=True)),
