@@ -1,7 +1,8 @@
 """What the suites share: options, one engine a session, baselines in one folder per GPU.
 
 `pytest bench --benchmark-save=NAME` stores under bench/baselines/<gpu>/, without host names;
-`--benchmark-compare --benchmark-compare-fail=median:5%` compares with what is stored there.
+`--benchmark-compare --benchmark-compare-fail=median:5%` compares with what is stored there, by any
+Python, and is refused where nothing is.
 """
 
 from __future__ import annotations
@@ -38,10 +39,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Baselines of this GPU, unless --benchmark-storage says otherwise."""
-    default = "file://./.benchmarks"
-    if getattr(config.option, "benchmark_storage", None) == default:
-        config.option.benchmark_storage = f"file://{BASELINES / folder_name()}"
+    """Baselines of this GPU, unless --benchmark-storage says otherwise.
+
+    pytest-benchmark looks for stored runs of this system and Python alone, and only warns where it
+    finds none: so a comparison is given its file here.
+    """
+    option = config.option
+    if getattr(option, "benchmark_storage", None) == "file://./.benchmarks":
+        option.benchmark_storage = f"file://{BASELINES / folder_name()}"
+    compare = getattr(option, "benchmark_compare", None)
+    if compare and option.benchmark_storage.startswith("file://"):
+        option.benchmark_compare = str(stored(option.benchmark_storage, compare))
+
+
+def stored(storage: str, compare: str | bool) -> Path:
+    """The last stored run, or the last one whose name begins with `compare`, or that file."""
+    if Path(str(compare)).is_file():
+        return Path(str(compare))
+    folder, start = Path(storage.removeprefix("file://")), "" if compare is True else compare
+    runs = [run for run in folder.glob("*/[0-9]*_*.json") if run.name.startswith(str(start))]
+    if not runs:
+        raise pytest.UsageError(f"nothing stored in {folder} to compare with that begins {start!r}")
+    return max(runs, key=lambda run: (run.name, run.parent.name))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
