@@ -347,7 +347,7 @@ class Engine:
             note("decode")
             result["pixels"] = self.vae.decode(video)
             stages.mark("decode")
-        note(f"all {plan.schedule.steps} steps issued, waiting for the device")
+        note(f"after step {plan.schedule.steps} of {plan.schedule.steps}, waiting for the device")
         denoise.require_finite(result | {"state": state})
         late = self.vae.failure() if self.vae is not None else None
         if late:

@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from cosmos3_fast.parallel import Mesh
 
-__all__ = ["EdgeSlots"]
+__all__ = ["EdgePool", "EdgeSlots"]
 
 _FLAG_BYTES = 256  # both flags; csrc/halo.h: buffer_bytes
 _STATE_WORDS = 8  # csrc/halo.h: State
@@ -105,3 +105,34 @@ class EdgeSlots:
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)
         self.mesh.barrier()
+
+
+class EdgePool:
+    """The slots that a network's passes use: few, whatever the number of picture sizes.
+
+    A pass takes the smallest slots made so far that hold its largest edge; new ones are made for
+    the next power of two. So for one number of strip holders there are at most as many as that size
+    has bits, and together they are smaller than four times the largest edge's. None is given back
+    while the pool lives, because captured graphs hold their addresses. All ranks of the mesh call
+    alike, so they make and take the same.
+    """
+
+    def __init__(self, mesh: Mesh, deadline: float) -> None:
+        """`deadline`: as `EdgeSlots` has it, whose other arguments come with a pass."""
+        self.mesh, self.deadline = mesh, deadline
+        self._made: dict[int, list[EdgeSlots]] = {}  # by holders, in order of size
+
+    def slots(self, nbytes: int, among: int) -> EdgeSlots:
+        """Slots of at least `nbytes`; outside a capture, where new ones may have to be made."""
+        made = self._made.setdefault(among, [])
+        for slots in made:
+            if slots.slot_bytes >= nbytes:
+                return slots
+        size = 1 << (nbytes - 1).bit_length()
+        made.append(EdgeSlots(self.mesh, size, among=among, deadline=self.deadline))
+        return made[-1]
+
+    def failure(self) -> str | None:
+        """The first failure of any slots, None if there is none. Waits for the device."""
+        found = (slots.failure() for made in self._made.values() for slots in made)
+        return next((text for text in found if text), None)

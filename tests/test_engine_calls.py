@@ -191,7 +191,7 @@ def test_the_watchdog_is_told_the_step():
         "before its first step",
         *steps,
         "decode",
-        "all 3 steps issued, waiting for the device",
+        "after step 3 of 3, waiting for the device",
     ]
 
 
