@@ -282,6 +282,12 @@ def test_postprocess_refuses_actions_that_are_not_finite(build, value):
         build().postprocess({"action": action})
 
 
+def test_numpy_integers_are_integers(build):
+    processor = build(raw_action_dim=np.int64(10), cond_frame_indexes=np.array([0, 1]))
+    assert (processor.raw_action_dim, processor.cond_frame_indexes) == (10, (0, 1))
+    assert processor.preprocess(observe(domain_id=np.int32(8))).domain_id == 8
+
+
 BAD_ARGUMENTS = {
     "mode": ({"mode": "wam"}, "unknown mode 'wam'.*'inverse_dynamics'"),
     "domain": ({"domain_name": "umbrella"}, "unknown domain 'umbrella'"),
@@ -300,6 +306,7 @@ BAD_ARGUMENTS = {
     "fps": ({"fps": -1}, "fps must be positive and finite, got -1.0"),
     "frame index": ({"cond_frame_indexes": (0, 5)}, r"\[0, 5\] out of range: 17 frames have 5"),
     "negative index": ({"cond_frame_indexes": (-1,)}, r"\[-1\] out of range"),
+    "half an index": ({"cond_frame_indexes": (0.5,)}, r"must be integers, got \(0.5,\)"),
     "index of one frame": (
         {"cond_frame_indexes": (1,), "num_frames": 1},
         r"\[1\] out of range: 1 frames have 1 latent",

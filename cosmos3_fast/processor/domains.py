@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 # name -> (id, widths that need no leave to be used; the first is the default, none: say one)
 DOMAINS: dict[str, tuple[int, tuple[int, ...]]] = {
     "no_action": (0, ()),
@@ -25,15 +27,15 @@ DOMAINS: dict[str, tuple[int, tuple[int, ...]]] = {
 
 
 def _is_integer(domain: object) -> bool:
-    return isinstance(domain, int) and not isinstance(domain, bool)
+    return isinstance(domain, Integral) and not isinstance(domain, bool)
 
 
 def resolve_domain_id(domain: str | int) -> int:
     """Id of a domain name; integers >= 0 stand for themselves. ValueError for anything else."""
-    if isinstance(domain, int) and _is_integer(domain):
+    if not isinstance(domain, str) and _is_integer(domain):
         if domain < 0:
             raise ValueError(f"domain id must be >= 0, got {domain}")
-        return domain
+        return int(domain)
     if not isinstance(domain, str) or domain not in DOMAINS:
         raise ValueError(f"unknown domain {domain!r}; expected one of {sorted(DOMAINS)} or an id")
     return DOMAINS[domain][0]
@@ -60,4 +62,4 @@ def resolve_raw_action_dim(
             f"raw_action_dim {raw_action_dim} differs from {list(widths)}, the width of domain "
             f"{domain!r}; pass allow_width=True if that is meant"
         )
-    return raw_action_dim
+    return int(raw_action_dim)

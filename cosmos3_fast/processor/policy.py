@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -268,9 +269,12 @@ def _video_frames(asked: int | None, chunk: int) -> int:
 def _frame_indexes(indexes: Sequence[int] | None, frames: int) -> tuple[int, ...] | None:
     if indexes is None:
         return None
-    found = tuple(int(index) for index in indexes)
+    try:
+        found = tuple(index(i) for i in indexes)
+    except TypeError as error:
+        raise ValueError(f"cond_frame_indexes must be integers, got {indexes}") from error
     count = pixel_to_latent_shape(frames, 1, 1)[0]
-    if any(not 0 <= index < count for index in found):
+    if any(not 0 <= frame < count for frame in found):
         raise ValueError(
             f"cond_frame_indexes {list(found)} out of range: {frames} frames have {count} latent "
             f"frames, 0 to {count - 1}"
