@@ -85,6 +85,12 @@ OPS = {
     ),
     "qk_norm_rope": Op(make_qkv, 6, lambda m: 2 * m * (QUERIES + 2 * KEYS) * DIM * SIZE),
     "silu_mul": Op(lambda m: (random(m, 2 * INNER),), -1, lambda m: 3 * m * INNER * SIZE),
+    "gate_up_silu": Op(
+        lambda m: (random(m, HIDDEN), random(2 * INNER, HIDDEN) / HIDDEN**0.5),
+        -1,
+        lambda m: (m * HIDDEN + 2 * INNER * HIDDEN + m * INNER) * SIZE,
+        lambda m: 4 * m * HIDDEN * INNER,
+    ),
     "timestep_add": Op(
         lambda m: (random(m, HIDDEN), random(STEPS, HIDDEN), step(), mark(m)),
         -1,

@@ -16,6 +16,7 @@ __all__ = [
     "attention",
     "attention_continue",
     "causal_attention",
+    "gate_up_silu",
     "image_to_tensor",
     "legacy_normal",
     "qk_norm_rope",
@@ -160,6 +161,16 @@ def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch
     """gate_up [M, 2 I] -> silu(gate) * up [M, I]; gate is the first half, silu is rounded first."""
     gate, up = gate_up.chunk(2, dim=-1)
     return _give(F.silu(gate) * up, out)
+
+
+def gate_up_silu(
+    x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [M, H], weight [2 I, H] = [Wg; Wu] -> silu(x Wg^T) * (x Wu^T) [M, I].
+
+    Both products are rounded to the dtype first, then silu, as in `silu_mul`.
+    """
+    return silu_mul(F.linear(x, weight), out=out)
 
 
 def timestep_add(

@@ -16,6 +16,7 @@ from test_kernels_interpreter import Guarded, assert_close, double
 
 from cosmos3_fast.kernels import attention as att
 from cosmos3_fast.kernels import (
+    gate_up_silu,
     qk_norm_rope,
     reference,
     rms_norm,
@@ -136,6 +137,27 @@ def check_silu_mul(rows: int, dtype: torch.dtype) -> None:
     guarded.check()
 
 
+def gate_up_ways() -> tuple[Callable[..., torch.Tensor], ...]:
+    """The ways that GATE_UP_CHOICE names, as far as this GPU has them."""
+    ways = (gate_up_silu.gate_up_silu_pair, gate_up_silu.gate_up_silu_fused)
+    return ways if torch.cuda.get_device_capability()[0] == 9 else ways[:1]
+
+
+def gate_up_inputs(rows: int, inner: int = INNER) -> tuple[torch.Tensor, torch.Tensor]:
+    return random(rows, HIDDEN), random(2 * inner, HIDDEN) / HIDDEN**0.5
+
+
+def check_gate_up_silu(rows: int) -> None:
+    inputs = gate_up_inputs(rows)
+    eager, truth = reference.gate_up_silu(*inputs), reference.gate_up_silu(*double(*inputs))
+    for way in gate_up_ways():
+        guarded = Guarded("cuda")
+        out = way(*inputs, out=guarded(rows, INNER, dtype=BF16, gap=64))
+        assert_close(out, eager, truth)
+        assert torch.equal(way(*inputs), out), f"{way.__name__}: two runs differ"
+        guarded.check()
+
+
 def check_timestep_add(rows: int, dtype: torch.dtype) -> None:
     start, table = random(rows, HIDDEN, dtype=dtype), random(STEPS, HIDDEN, dtype=dtype)
     noisy = (torch.arange(rows, device="cuda") % 9 != 0).to(torch.uint8)
@@ -213,6 +235,8 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
         for size, rows in ROWS.items():
             for check in (check_rms_norm, check_qk_norm_rope, check_silu_mul, check_timestep_add):
                 yield f"{check.__name__} {size} {kind}", functools.partial(check, rows, dtype)
+        for size, rows in ROWS.items() if dtype == BF16 else ():
+            yield f"gate_up_silu {size} {kind}", functools.partial(check_gate_up_silu, rows)
         for branches in (1, 2):
             yield f"unipc x{branches} {kind}", functools.partial(check_unipc_step, branches, dtype)
         for size, lengths in (

@@ -112,6 +112,23 @@ def test_causal_attention_row_by_row():
             assert close(got[i, h], one_row(q[i, h], k[: i + 1, h // 2], v[: i + 1, h // 2]))
 
 
+def test_gate_up_silu_is_two_products():
+    x, gate, up = random(5, 16), random(7, 16, seed=1), random(7, 16, seed=2)
+    sums = [(x[:, None] * weight).sum(-1) for weight in (gate, up)]
+    truth = sums[0] / (1 + torch.exp(-sums[0])) * sums[1]
+    out = torch.full_like(truth, torch.nan)
+    assert reference.gate_up_silu(x, torch.cat((gate, up)), out=out) is out
+    assert close(out, truth)
+
+
+def test_gate_up_silu_rounds_both_products_then_silu():
+    x, weight = random(5, 16, dtype=torch.bfloat16), random(14, 16, seed=1, dtype=torch.bfloat16)
+    gate, up = (x.double() @ weight.double().t()).bfloat16().chunk(2, -1)
+    wide = gate.double()
+    truth = (wide / (1 + torch.exp(-wide))).bfloat16().double() * up.double()
+    assert torch.equal(reference.gate_up_silu(x, weight), truth.bfloat16())
+
+
 def test_silu_mul_takes_the_gate_first():
     gate, up = random(3, 63), random(3, 63, seed=1)
     assert close(reference.silu_mul(torch.cat((gate, up), -1)), gate * torch.sigmoid(gate) * up)

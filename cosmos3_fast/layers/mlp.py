@@ -37,7 +37,7 @@ class GatedMLP(nn.Module):
         """Add the MLP of x [M, H] to residual [M, H]; returns what is still to be added (see
         RowLinear).
         """
-        return self.down.add_to(residual, ops.silu_mul(self.gate_up(x)))
+        return self.down.add_to(residual, ops.gate_up_silu(x, self.gate_up.weight))
 
     def slots(self) -> dict[str, Slot]:
         return self.gate_up.slots() | self.down.slots()

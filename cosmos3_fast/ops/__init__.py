@@ -29,6 +29,7 @@ _TRITON = {  # operation -> module of cosmos3_fast.kernels that holds its launch
     "attention": "attention",
     "causal_attention": "causal_attention",
     "silu_mul": "silu_mul",
+    "gate_up_silu": "gate_up_silu",
     "timestep_add": "timestep_add",
     "unipc_step": "unipc_step",
 }
@@ -133,6 +134,21 @@ def causal_attention(
 def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """silu(first half) * second half of gate_up [M, 2 I] -> [M, I]."""
     return _pick("silu_mul", gate_up)(gate_up, out=out)
+
+
+def gate_up_silu(
+    x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """silu(x Wg^T) * (x Wu^T) of x [M, H] and weight [2 I, H] = [Wg; Wu] -> [M, I]."""
+    return _pick("gate_up_silu", x)(x, weight, out=out)
+
+
+def gate_up_is_fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `gate_up_silu` of these is one kernel, not a product with `silu_mul` after it."""
+    if _forced or x.device.type == "cpu":
+        return False
+    module = importlib.import_module("cosmos3_fast.kernels.gate_up_silu")
+    return bool(module.is_fused(x, weight))
 
 
 def timestep_add(

@@ -14,6 +14,7 @@ import torch
 from cosmos3_fast import denoise, ops
 from cosmos3_fast.config import CheckpointConfig, Cosmos3PolicyWNArgs, TransformerConfig
 from cosmos3_fast.graph import Captured
+from cosmos3_fast.layers.linear import MergedColumnLinear
 from cosmos3_fast.model import Cosmos3Transformer
 from cosmos3_fast.request import Cosmos3ActionRequest
 
@@ -138,10 +139,17 @@ class StepParts:
             residual, x = self._residual[:rows], self._x[:rows]
             layer.attention.qkv(self._x)
             layer.attention.out.add_to(residual, self._attended[:rows])
-            layer.mlp.gate_up(x)
+            self._gate_up(layer.mlp.gate_up, x)
             layer.mlp.down.add_to(residual, self._inner[:rows])
         if shape.noisy_video:
             model.proj_out(self._x[: shape.branches * shape.noisy_video])
+
+    def _gate_up(self, linear: MergedColumnLinear, x: torch.Tensor) -> None:
+        """The product alone; where one kernel does the activation too, that kernel."""
+        if ops.gate_up_is_fused(x, linear.weight):
+            ops.gate_up_silu(x, linear.weight)
+        else:
+            linear(x)
 
     def _attentions(self) -> None:
         layers = len(self.model.gen)
