@@ -7,27 +7,23 @@ serves every prompt length up to the buffer's capacity, and what lies past the l
 Accumulation is float32 (online_softmax.py). A program's rows are (token, head of the group) pairs:
 all heads of a group share the keys it loads.
 
-cuDNN wants its lengths on the host: it takes the GEN keys and returns its log-sum-exp, from which
-`attention_continue` goes on over the UND keys.
+Hopper GPUs have a kernel of their own (attention_hopper.py) for what models use; this one, Triton's
+own, takes everything.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 
-from .attention_continue import ContinueTile, attention_continue, launch_continue
+from .attention_hopper import HopperTile, launch_hopper, takes
 from .causal_attention import causal_attention
 from .online_softmax import Tile, check_heads, check_und, descriptor, is_flat, log2_scale, over_keys
 
 __all__ = [
     "attention",
-    "attention_choice",
-    "attention_continue",
-    "attention_cudnn",
+    "attention_hopper",
     "attention_triton",
     "causal_attention",
 ]
@@ -36,20 +32,6 @@ __all__ = [
 # By bytes of an element. 64 x 64 with 4 warps and 3 stages, keys by TMA, is the fastest or within a
 # percent of it at every row below (H200). float32 runs on FMA units: a larger block spills.
 TILES = {2: Tile(64, 64, 4, 3, tma=True), 4: Tile(16, 32, 8, 1)}
-
-# Which one runs, by (query tokens, GEN keys, batch x query heads); elsewhere the nearest row in log
-# scale. `python tests/gpu_kernels.py` prints rows. H200, head_dim 128, 4 query heads a key/value
-# head, 160 UND keys, microseconds of Triton, of cuDNN with its continuation.
-ATTENTION_CHOICE = {
-    (406, 406, 32): "triton",  # 16.0, 22.7
-    (1547, 1547, 32): "triton",  # 93.5, 118.1
-    (1966, 1966, 16): "cudnn",  # 76.6, 75.9
-    (1966, 1966, 32): "cudnn",  # 148.6, 147.4; the whole of E is 0.7 % shorter with it
-    (3093, 3093, 8): "cudnn",  # 104.6, 103.5
-    (3093, 3093, 16): "triton",  # 158.9, 199.0
-    (3093, 3093, 32): "triton",  # 346.9, 363.3
-    (3093, 3093, 64): "cudnn",  # 694.5, 693.2
-}
 
 
 @triton.jit(do_not_specialize=["tokens", "gen_keys", "capacity"])
@@ -140,7 +122,7 @@ def attention_triton(
     return out
 
 
-def attention_cudnn(
+def attention_hopper(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -149,33 +131,13 @@ def attention_cudnn(
     und_len: torch.Tensor,
     *,
     out: torch.Tensor | None = None,
-    tile: ContinueTile | None = None,
+    tile: HopperTile | None = None,
 ) -> torch.Tensor:
-    """`attention` by cuDNN over the GEN keys, continued by Triton over the UND keys.
-
-    2-byte dtypes. cuDNN takes grouped heads as they are, lays its output out like q and keeps its
-    plans per thread: run it once in the capturing thread before a capture. Without out, Triton
-    continues in cuDNN's own output, much of which is still in L2.
-    """
-    _check(q, k, v, und_k, und_v, und_len, q if out is None else out)
-    assert q.element_size() == 2, f"cuDNN attention needs a 2-byte dtype, not {q.dtype}"
-    queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
-    result = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        queries, keys, values, None, True, scale=q.shape[3] ** -0.5
-    )
-    before, lse = result[0].transpose(1, 2), result[1].view(q.shape[0], q.shape[2], q.shape[1])
-    out = before if out is None else out
-    launch_continue(q, before, lse, und_k, und_v, und_len, out, store_lse=False, tile=tile)
+    """`attention` in one launch on a Hopper GPU: 2-byte dtypes, head_dim 128; shapes as there."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    _check(q, k, v, und_k, und_v, und_len, out)
+    launch_hopper(q, k, v, und_k, und_v, und_len, out, tile=tile)
     return out
-
-
-def attention_choice(tokens: int, keys: int, work: int) -> str:
-    """ "triton" or "cudnn": the row of ATTENTION_CHOICE nearest to (query tokens, GEN keys, batch x
-    query heads) in log scale.
-    """
-    here = [math.log(n) for n in (tokens, keys, work)]
-    nearest = min(ATTENTION_CHOICE, key=lambda row: math.dist(here, [math.log(n) for n in row]))
-    return ATTENTION_CHOICE[nearest]
 
 
 def attention(
@@ -191,9 +153,7 @@ def attention(
     """q [B, M, Hq, D], k, v [B, N, Hk, D], und_k, und_v [B, C, Hk, D] -> [B, M, Hq, D].
 
     und_len [B] int32 on the device, 0 to C, which is not checked. Batch and row may be strided,
-    heads are packed; N >= 1. What runs is a matter of the shapes and the dtype alone.
+    heads are packed; N >= 1. What runs is a matter of the GPU, the shapes, strides and the dtype.
     """
-    work = q.shape[0] * q.shape[2]
-    if q.element_size() == 2 and attention_choice(q.shape[1], k.shape[1], work) == "cudnn":
-        return attention_cudnn(q, k, v, und_k, und_v, und_len, out=out)
-    return attention_triton(q, k, v, und_k, und_v, und_len, out=out)
+    run = attention_hopper if takes(q, k, v, und_k, und_v) else attention_triton
+    return run(q, k, v, und_k, und_v, und_len, out=out)

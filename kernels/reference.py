@@ -14,7 +14,6 @@ import torch.nn.functional as F
 __all__ = [
     "add_rms_norm",
     "attention",
-    "attention_continue",
     "causal_attention",
     "gate_up_silu",
     "image_to_tensor",
@@ -116,36 +115,6 @@ def attention(
     q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
     result = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
     return _give(result.transpose(1, 2), out)
-
-
-def attention_continue(
-    q: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    und_k: torch.Tensor,
-    und_v: torch.Tensor,
-    und_len: torch.Tensor,
-) -> None:
-    """Continue over the UND keys in place the softmax that gave out [B, M, Hq, D], lse [B, Hq, M].
-
-    lse is the float32 natural log of the sum of exponentials of the scaled scores so far; the other
-    arguments are those of `attention`.
-    """
-    batch, rows, heads, dim = q.shape
-    kv_heads = und_k.shape[2]
-    valid = torch.arange(und_k.shape[1], device=q.device) < und_len[:, None]
-    values = und_v.where(valid[:, :, None, None], und_v.new_zeros(()))
-    grouped = _wide(q).view(batch, rows, kv_heads, heads // kv_heads, dim)
-    scores = torch.einsum("bmkgd,bckd->bkgmc", grouped, _wide(und_k)) * dim**-0.5
-    scores = scores.where(valid[:, None, None, None], scores.new_full((), -torch.inf))
-    scores = scores.flatten(1, 2)
-    top = torch.maximum(lse, scores.amax(-1)) if scores.shape[-1] else lse
-    kept, weights = torch.exp(lse - top), torch.exp(scores - top[..., None])
-    total = kept + weights.sum(-1)
-    weights = (weights / total[..., None]).unflatten(1, (kv_heads, -1))
-    added = torch.einsum("bkgmc,bckd->bmkgd", weights, _wide(values)).flatten(2, 3)
-    out.copy_(_wide(out) * (kept / total).transpose(1, 2)[..., None] + added)
-    lse.copy_(top + torch.log(total))
 
 
 def causal_attention(

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from gpu_kernels_checks import (
-    CONTINUE_TILES,
     DIM,
     HIDDEN,
+    HOPPER,
+    HOPPER_TILES,
     INNER,
     KEYS,
     QUERIES,
@@ -71,7 +72,6 @@ CAUSAL_TILES = tuple(
     for tma in (False, True)
     for split in (False, True)
 )
-COPY = 4.26e6  # bytes a microsecond of a copy
 
 
 @dataclass(frozen=True)
@@ -168,15 +168,14 @@ def time_memory_bound(rows: int, label: str) -> list[str]:
 
 
 def measure(tokens, keys, *, batch=1, heads=(QUERIES, KEYS)) -> str:
-    """Time Triton and cuDNN + continue; print every setting and the row of ATTENTION_CHOICE."""
+    """Time Triton's and the Hopper kernel in every setting, and what `attention` takes."""
     flop = 4 * batch * tokens * (keys + UND) * DIM * heads[0]
     nbytes = 2 * batch * DIM * (2 * tokens * heads[0] + 2 * (keys + UND) * heads[1])
 
     def timed(path, **how) -> float:
         def make():
-            return functools.partial(
-                path, *attention_inputs(batch, tokens, keys, und, heads), **how
-            )
+            inputs = attention_inputs(batch, tokens, keys, [UND] * batch, heads)
+            return functools.partial(path, *inputs, **how)
 
         return microseconds(make, nbytes)
 
@@ -185,44 +184,21 @@ def measure(tokens, keys, *, batch=1, heads=(QUERIES, KEYS)) -> str:
         op = torch.ops.aten._scaled_dot_product_cudnn_attention
         return op(queries, k, v, None, True, scale=DIM**-0.5)
 
-    und = [UND] * batch
-    triton = {tile: timed(att.attention_triton, tile=tile) for tile in ATTENTION_TILES}
-    cudnn = {tile: timed(att.attention_cudnn, tile=tile) for tile in CONTINUE_TILES}
+    taken = timed(att.attention)
+    ways = {"triton": {tile: timed(att.attention_triton, tile=tile) for tile in ATTENTION_TILES}}
+    if HOPPER:
+        ways["hopper"] = {tile: timed(att.attention_hopper, tile=tile) for tile in HOPPER_TILES}
     gen_only = timed(over_gen)
-    where = f"M={tokens} N={keys} B={batch} heads {heads[0]}/{heads[1]}"
-    best = {}
-    for name, times in (("triton", triton), ("cudnn", cudnn)):
+    where = f"attention M={tokens} N={keys} B={batch} heads {heads[0]}/{heads[1]}"
+    best = []
+    for name, times in ways.items():
         listed = (f"{tuple(s)}: {t:.1f}" for s, t in times.items())
-        print(f"attention {where} {name}", *listed, sep=" | ")
-        best[name] = min(times, key=times.get)
-    us = {"triton": triton[best["triton"]], "cudnn": cudnn[best["cudnn"]]}
-    choice = min(us, key=us.get)
-    row = f'({tokens}, {keys}, {batch * heads[0]}): "{choice}",'
-    print(f"    {row}  # {us['triton']:.1f}, {us['cudnn']:.1f}", flush=True)
+        print(f"{where} {name}", *listed, sep=" | ", flush=True)
+        tile = min(times, key=times.get)
+        best.append(f"{name} {times[tile]:.1f} {tuple(tile)}")
     return (
-        f"attention {where}: triton {us['triton']:.1f} us {flop / us['triton'] / 1e6:.0f} TFLOP/s "
-        f"{tuple(best['triton'])}; cudnn {us['cudnn']:.1f} us {flop / us['cudnn'] / 1e6:.0f} "
-        f"{tuple(best['cudnn'])} (GEN alone {gen_only:.1f}) -> {choice}"
-    )
-
-
-def time_continue(tokens: int, *, batch=1, heads=(QUERIES, KEYS)) -> str:
-    """Every setting of attention_continue beside its bytes at the speed of a copy."""
-    nbytes = 2 * batch * DIM * (3 * tokens * heads[0] + 2 * UND * heads[1])
-    flop = 4 * batch * tokens * UND * DIM * heads[0]
-
-    def make(tile):
-        q, _, _, *und = attention_inputs(batch, tokens, 1, [UND] * batch, heads)
-        lse = torch.full((batch, heads[0], tokens), 8.0, device="cuda")
-        return functools.partial(att.attention_continue, q, q.clone(), lse, *und, tile=tile)
-
-    times = {t: microseconds(lambda t=t: make(t), nbytes) for t in CONTINUE_TILES}
-    where = f"continue M={tokens} B={batch} heads {heads[0]}/{heads[1]}"
-    print(where, *(f"{tuple(s)}: {t:.1f}" for s, t in times.items()), sep=" | ", flush=True)
-    best = min(times, key=times.get)
-    return (
-        f"{where}: {times[best]:.1f} us {tuple(best)}; bytes {nbytes / COPY:.1f} us, "
-        f"{flop / times[best] / 1e6:.0f} TFLOP/s"
+        f"{where}: {taken:.1f} us {flop / taken / 1e6:.0f} TFLOP/s; best {'; '.join(best)}; "
+        f"cuDNN over GEN alone {gen_only:.1f}"
     )
 
 
@@ -291,8 +267,7 @@ def main() -> int:
         (ROWS["D"], {"heads": (16, 4), "batch": 2}),
         (ROWS["E"], {"heads": (16, 4)}),
     )
-    short = [time_continue(tokens, **shape) for tokens, shape in shapes]
-    short += [measure(tokens, tokens, **shape) for tokens, shape in shapes]
+    short = [measure(tokens, tokens, **shape) for tokens, shape in shapes]
     if not options.attention:
         short += [time_causal(tokens) for tokens in (160, 256, 512, 1024, 2048, 3072, 4096)]
         short += [time_gate_up(m, INNER // tp) for tp in (1, 2, 4) for m in (812, *ROWS.values())]

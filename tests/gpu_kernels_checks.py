@@ -24,7 +24,7 @@ from cosmos3_fast.kernels import (
     timestep_add,
     unipc_step,
 )
-from cosmos3_fast.kernels.attention_continue import ContinueTile
+from cosmos3_fast.kernels.attention_hopper import TILES as HOPPER_TILES
 from cosmos3_fast.kernels.online_softmax import Tile
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -34,21 +34,13 @@ STATE = 9 * 33 * 40 * 48 + 33 * 64  # values of D's latents and actions
 CAPACITY = 256
 
 
-CONTINUE_TILES = (
-    ContinueTile(64, 32, 4, 2),
-    ContinueTile(64, 32, 4, 1),
-    ContinueTile(64, 32, 4, 3),
-    ContinueTile(64, 64, 4, 2),
-    ContinueTile(128, 32, 8, 3),
-)
-
-
 def attention_plain(*inputs, **how) -> torch.Tensor:
     """Without TMA."""
     return att.attention_triton(*inputs, **how, tile=Tile(64, 64, 4, 3))
 
 
-PATHS = (att.attention_triton, att.attention_cudnn, attention_plain)
+HOPPER = torch.cuda.get_device_capability()[0] == 9
+PATHS = (att.attention_triton, attention_plain, *((att.attention_hopper,) if HOPPER else ()))
 
 
 def random(*shape: int, dtype=BF16) -> torch.Tensor:
@@ -250,10 +242,10 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"attention {size} und {lengths} {kind}", check
         for tokens in (1, 33, 160, 257, 1000, 3001, 4096):
             yield f"causal {tokens} {kind}", functools.partial(check_causal, tokens, dtype)
-    for tile in CONTINUE_TILES:
-        path = functools.partial(att.attention_cudnn, tile=tile)
+    for tile in HOPPER_TILES if HOPPER else ():
+        path = functools.partial(att.attention_hopper, tile=tile)
         check = functools.partial(check_attention, (path,), ROWS["S"], [160, 63], BF16)
-        yield f"continue {tuple(tile)}", check
+        yield f"hopper {tuple(tile)}", check
     for path in PATHS:
         yield f"replays {path.__name__}", functools.partial(check_replays, path)
 

@@ -23,8 +23,6 @@ KERNELS = (
     "attention",
     "attention-tma",
     "attention-float32",
-    "attention_continue",
-    "attention_continue-float32",
     "causal_attention-160",
     "causal_attention-1024",
     "causal_attention-4096",
@@ -41,7 +39,6 @@ def settings(name: str):
     """(kernel, types of arguments neither pointers to its dtype nor i32, constants, warps)."""
     from cosmos3_fast.kernels import (
         attention,
-        attention_continue,
         causal_attention,
         qk_norm_rope,
         rms_norm,
@@ -83,17 +80,6 @@ def settings(name: str):
         (types if tile.tma else constants).update(k_desc=block, v_desc=block)
         return causal_attention._causal_kernel, types, constants, tile.warps
     types |= {"und_len_ptr": "*i32"}
-    if op == "attention_continue":
-        tile = attention_continue.TILES[size]
-        constants |= {"ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.stages}
-        constants |= {"STORE_LSE": False, "K_ROW": 1024, "V_ROW": 1024}
-        constants |= dict.fromkeys(("Q_ROW", "BEFORE_ROW", "OUT_ROW"), 4096)
-        return (
-            attention_continue._continue_kernel,
-            types | {"lse_ptr": "*fp32"},
-            constants,
-            tile.warps,
-        )
     tile = attention.TILES[size]
     tile = tile._replace(tma=variant == "tma")
     constants |= {"ROWS": tile.rows, "KEYS": tile.keys, "TAIL": tile.tail, "STAGES": tile.stages}

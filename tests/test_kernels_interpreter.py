@@ -278,32 +278,6 @@ def test_attention(case, dtype):
 
 @interpreted
 @dtypes
-@pytest.mark.parametrize("case", ATTENTION)
-def test_attention_continue(case, dtype):
-    q, k, v, und_k, und_v, und_len = inputs = attention_inputs(*ATTENTION[case], dtype)
-    batch, tokens, queries, dim = q.shape
-    nothing = torch.zeros_like(und_len)
-    before = reference.attention(*double(q, k, v, und_k, und_v), nothing)
-    spread = k.double().repeat_interleave(queries // k.shape[2], dim=2)
-    lse = torch.einsum("bmhd,bnhd->bhmn", q.double(), spread).mul(dim**-0.5).logsumexp(-1)
-    guarded = Guarded()
-    out = guarded(*q.shape, dtype=dtype, like=before)
-    got_lse = guarded(batch, queries, tokens, like=lse)
-    eager, eager_lse, exact_lse = before.to(dtype), lse.float(), lse.clone()
-    reference.attention_continue(q, eager, eager_lse, und_k, und_v, und_len)
-    reference.attention_continue(*double(q), before, exact_lse, *double(und_k, und_v), und_len)
-    module = kernel("attention_continue")
-    tile = module.TILES[4]
-    module.attention_continue(q, out, got_lse, und_k, und_v, und_len, tile=tile)
-    assert_close(out, eager, attention_outcomes(inputs)[1])
-    assert_close(got_lse, eager_lse, exact_lse)
-    if not und_len.any():
-        assert torch.equal(out, before.to(dtype)), "nothing to add, and yet out has changed"
-    guarded.check()
-
-
-@interpreted
-@dtypes
 @pytest.mark.parametrize("tokens", [1, 63, 130, 333])
 @pytest.mark.parametrize(("queries", "kv", "dim"), [(4, 2, 16), (3, 1, 64)])
 def test_causal_attention(tokens, queries, kv, dim, dtype):

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decode", action="store_true", help="time the decoder as well")
     add("--eager", action="store_true", help="without captured graphs")
     add("--growth", type=int, default=0, metavar="N", help="watch memory over N more requests")
-    add("--tune", action="store_true", help="print rows of the attention table instead")
+    add("--tune", action="store_true", help="time the ways of attention instead")
     add("--tiny", action="store_true", help="a tiny model and small requests (any machine)")
     add("--device", help="cuda:N or cpu (default: cuda:0 where there is one)")
     add("--json", metavar="OUT", help="write the figures there (bench/baselines)")
@@ -158,7 +158,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def _tune(engine: Engine, kinds: Mapping[str, Workload]) -> None:
     """One row a shape of the step: every layer's, and the last one's where its queries differ."""
     config, plugin = engine.model.config, engine.args.plugin_args
-    print(f"{machine()['gpu']}: rows of ATTENTION_CHOICE, microseconds of each way")
+    print(f"{machine()['gpu']}: attention, microseconds of what is taken and of each way")
     for workload in kinds.values():
         schedule = denoise.schedule_of(plugin, engine.checkpoint.scheduler, workload.steps)
         shape = StepShape.of(denoise.plan(workload.request(0), config, schedule))

@@ -1,10 +1,11 @@
-"""The ways that one operation can run on a GPU, by the names that its table gives them: for tuning.
+"""The ways that one operation can run on a GPU, by name: for tuning and for checks.
 
-`ops.attention` takes the one that the table names for a shape; here each can be called.
+`ops.attention` takes one of them by the shapes; here each can be called.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -12,7 +13,12 @@ import torch
 
 
 def attention(dtype: torch.dtype) -> dict[str, Callable[..., torch.Tensor]]:
-    """Name in ATTENTION_CHOICE -> `ops.attention` that way; cuDNN has 2-byte dtypes alone."""
+    """Name -> `ops.attention` that way; Hopper GPUs have a kernel for 2-byte dtypes, by tile."""
     module = importlib.import_module("cosmos3_fast.kernels.attention")
     ways = {"triton": module.attention_triton}
-    return ways | ({"cudnn": module.attention_cudnn} if dtype.itemsize == 2 else {})
+    if dtype.itemsize == 2 and torch.cuda.get_device_capability()[0] == 9:
+        tiles = importlib.import_module("cosmos3_fast.kernels.attention_hopper").TILES
+        for tile in tiles:
+            run = functools.partial(module.attention_hopper, tile=tile)
+            ways[f"hopper-{tile.consumers}"] = run
+    return ways

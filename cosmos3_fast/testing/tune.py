@@ -1,4 +1,4 @@
-"""Rows of the attention table (kernels/attention.py, ATTENTION_CHOICE) for this GPU."""
+"""How long each way of attention (ops.variants) takes on this GPU, at the shapes of a step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from cosmos3_fast import ops
 from cosmos3_fast.config import TransformerConfig
 from cosmos3_fast.graph import Captured
 from cosmos3_fast.ops import variants
@@ -38,7 +39,7 @@ def microseconds(make: Callable[[], Callable[[], object]], nbytes: int) -> float
 def attention_row(
     queries: int, shape: StepShape, config: TransformerConfig, dtype: torch.dtype
 ) -> str:
-    """The table's row of `queries` tokens a branch over a step's keys, as its source text."""
+    """Microseconds of what ops takes and of every way: `queries` tokens a branch, a step's keys."""
     heads, kv_heads, dim = (
         config.num_attention_heads,
         config.num_key_value_heads,
@@ -59,8 +60,7 @@ def attention_row(
 
     us = {
         name: microseconds(functools.partial(make, run), nbytes)
-        for name, run in variants.attention(dtype).items()
+        for name, run in ({"taken": ops.attention} | variants.attention(dtype)).items()
     }
-    choice = min(us, key=lambda name: us[name])
-    times = ", ".join(f"{value:.1f}" for value in us.values())
-    return f'({queries}, {shape.tokens}, {groups * heads}): "{choice}",  # {times}'
+    times = ", ".join(f"{name} {value:.1f}" for name, value in us.items())
+    return f"{queries} tokens, {shape.tokens} keys, {groups * heads} heads: {times}"

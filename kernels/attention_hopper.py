@@ -1,0 +1,193 @@
+"""Grouped-query flash attention over [GEN keys | the first und_len UND keys] for Hopper GPUs.
+
+The formula is attention.py's. Persistent programs, one an SM: a producer warp loads by TMA,
+warpgroups of 64 rows, pairs of (token, head of the group), each do
+
+    s' = q k'^T,  acc += p v  (both in flight),  p' = softmax(s') while acc is still summed
+
+on their own and take turns in issuing products, so that one's softmax runs beside the other's
+products. Accumulation is float32; weights are rounded to v's dtype for the second product. What
+does not fill a block of keys goes first, in blocks put together from boxes of 64 keys, GEN's then
+UND's; the last box of either would read past its end: GEN's is filled with zeros by TMA, UND's ends
+at und_len, and what it repeats counts for nothing. So no key at or past und_len is ever loaded.
+It is Gluon, which Triton's interpreter cannot run: the maths that CI runs are attention.py's.
+Source: FlashAttention-3 (Shah et al. 2024).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .hopper_roles import BOX, DIM, KEYS_LAYOUT, ROWS, SWIZZLE, consume, produce
+from .online_softmax import log2_scale
+
+
+class HopperTile(NamedTuple):
+    """Consumers (warpgroups) and their registers a thread, keys of a block, blocks in flight."""
+
+    consumers: int
+    keys: int
+    stages: int
+    registers: int
+
+
+# Microseconds on an H200, bf16, 160 UND keys, of the first, the second and Triton's kernel in one
+# run: 3093 tokens and 32/8 heads 263.7, 253.1, 327.9; two branches of it 558.0, 565.6, 695.7; 16/4
+# heads 131.7, 136.9, 160.0; 8/2 heads 90.3, 71.1, 107.8; 1966 tokens 120.8, 134.6, 158.1; 406
+# tokens 15.7, 20.4, 17.5. Without turns 291 at the first of these; 64 keys there were slower, too.
+TILES = (HopperTile(2, 128, 2, 240), HopperTile(3, 64, 4, 160))
+
+_ROWS, _DIM = gl.constexpr(ROWS), gl.constexpr(DIM)
+
+
+@gluon.jit(do_not_specialize=["tiles", "blocks", "groups", "gen_keys", "tokens"])
+def _hopper_kernel(
+    q_desc, k_desc, v_desc, gen_k_desc, gen_v_desc, und_k_desc, und_v_desc, und_len_ptr, out_ptr,
+    tiles, blocks, groups, gen_keys, tokens, out_batch, out_row, scale,
+    GROUP: gl.constexpr, PACK: gl.constexpr, KEYS: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_smem = gl.allocate_shared_memory(
+        dtype, [CONSUMERS, 1, _ROWS // PACK, PACK, _DIM], q_desc.layout
+    )
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, KEYS, _DIM], KEYS_LAYOUT)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, KEYS, _DIM], KEYS_LAYOUT)
+    q_bars = gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], BARRIER)
+    k_bars = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], BARRIER)
+    v_bars = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], BARRIER)
+    turn_bars = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(q_bars.index(i), count=1)
+        mbarrier.init(q_bars.index(CONSUMERS + i), count=1)
+        mbarrier.init(turn_bars.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_bars.index(i), count=1)
+        mbarrier.init(v_bars.index(i), count=1)
+        mbarrier.init(k_bars.index(STAGES + i), count=CONSUMERS)
+        mbarrier.init(v_bars.index(STAGES + i), count=CONSUMERS)
+    loads = (
+        q_smem, k_smem, v_smem, q_bars, k_bars, v_bars, q_desc, k_desc, v_desc,
+        gen_k_desc, gen_v_desc, und_k_desc, und_v_desc, und_len_ptr, tiles, blocks, groups, gen_keys
+    )  # fmt: skip
+    products = (
+        q_smem, k_smem, v_smem, q_bars, k_bars, v_bars, turn_bars, out_ptr, und_len_ptr,
+        tiles, blocks, groups, gen_keys, tokens, out_batch, out_row, scale,
+    )  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (products, 0, PACK, KEYS, CONSUMERS, STAGES)),
+                (consume, (products, 1, PACK, KEYS, CONSUMERS, STAGES)),
+                (produce, (loads, GROUP, PACK, KEYS, CONSUMERS, STAGES)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
+    else:
+        gl.static_assert(CONSUMERS == 3)
+        gl.warp_specialize(
+            [
+                (consume, (products, 0, PACK, KEYS, CONSUMERS, STAGES)),
+                (consume, (products, 1, PACK, KEYS, CONSUMERS, STAGES)),
+                (consume, (products, 2, PACK, KEYS, CONSUMERS, STAGES)),
+                (produce, (loads, GROUP, PACK, KEYS, CONSUMERS, STAGES)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _is_hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def takes(q: torch.Tensor, *keys: torch.Tensor) -> bool:
+    """Whether the kernel can run: a Hopper GPU, 2-byte dtype, head_dim 128, what TMA can read."""
+
+    def aligned(x: torch.Tensor) -> bool:
+        return (x.data_ptr() | 2 * x.stride(0) | 2 * x.stride(1)) % 16 == 0
+
+    fits = q.is_cuda and q.element_size() == 2 and q.shape[3] == DIM
+    return fits and _is_hopper(q.device.index) and all(map(aligned, (q, *keys)))
+
+
+def packed(group: int) -> int:
+    """Heads of a group whose rows share a tile: all of them, or one if they do not fill it."""
+    return group if ROWS % group == 0 else 1
+
+
+def tile_for(tokens: int, heads: int, group: int, processors: int) -> HopperTile:
+    """The tile whose longest program has the fewest rows; heads are counted over the batch."""
+
+    def longest(tile: HopperTile) -> int:
+        rows, pack = tile.consumers * ROWS, packed(group)
+        return triton.cdiv(triton.cdiv(tokens * pack, rows) * (heads // pack), processors) * rows
+
+    return min(TILES, key=longest)
+
+
+def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(SWIZZLE, 16, len(block))
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
+def launch_hopper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    und_k: torch.Tensor,
+    und_v: torch.Tensor,
+    und_len: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    tile: HopperTile | None = None,
+) -> None:
+    """`attention` into out; shapes as there, and what `takes` says."""
+    assert takes(q, k, v, und_k, und_v), (q.device, q.dtype, q.shape, q.stride(), k.stride())
+    (batch, tokens, heads, dim), group = q.shape, q.shape[2] // k.shape[2]
+    if not tokens * batch:
+        return
+    if not und_k.shape[1]:  # TMA has no empty tensors; none of its keys is read
+        und_k, und_v = k, v
+    processors, pack = _processors(q.device.index), packed(group)
+    tile = tile or tile_for(tokens, batch * heads, group, processors)
+    blocks = triton.cdiv(tokens * pack, tile.consumers * ROWS)
+    tiles = blocks * (heads // pack) * batch
+    k, v, und_k, und_v = (x.flatten(2) for x in (k, v, und_k, und_v))
+    _hopper_kernel[(min(tiles, processors),)](
+        _descriptor(q, [1, ROWS // pack, pack, dim]),
+        *(_descriptor(x, [1, tile.keys, dim]) for x in (k, v)),
+        *(_descriptor(x, [1, BOX, SWIZZLE // 2]) for x in (k, v, und_k, und_v)),
+        und_len,
+        out,
+        tiles,
+        blocks,
+        heads // pack,
+        k.shape[1],
+        tokens,
+        *out.stride()[:2],
+        log2_scale(dim),
+        GROUP=group,
+        PACK=pack,
+        KEYS=tile.keys,
+        CONSUMERS=tile.consumers,
+        STAGES=tile.stages,
+        REGISTERS=tile.registers,
+        num_warps=4,
+    )
