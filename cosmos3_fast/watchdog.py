@@ -245,7 +245,8 @@ class Watchdog:
             return f"{text}no sign of rank {rank} for {now - oldest.seen:.1f} s"
         for rank, sign in others:
             if sign.state != RUNNING or sign.step != own.step:
-                return f"{text}rank {rank} is not in it (request {sign.step}, {sign.state})"
+                why = f": {sign.text}" if sign.text else ""
+                return f"{text}rank {rank} is not in it (request {sign.step}, {sign.state}{why})"
         return f"{text}all ranks are in it"
 
     def _end_process(self, cause: str) -> None:
