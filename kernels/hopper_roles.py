@@ -23,6 +23,10 @@ SWIZZLE = 128  # bytes: the inner extent of a TMA message
 _ROWS, _DIM, _BOX = gl.constexpr(ROWS), gl.constexpr(DIM), gl.constexpr(BOX)
 _PANEL = gl.constexpr(SWIZZLE // 2)  # columns of a message
 KEYS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(SWIZZLE, 16, 2))
+_O_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16]))
+_P_LAYOUT = gl.constexpr(
+    gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16]), 2)
+)
 # 8 neighbouring columns of a row to a lane: a warp stores whole rows, of the 16 that it has.
 _OUT_LAYOUT = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -146,11 +150,12 @@ def _step(
     """Add to acc [ROWS, DIM] what weights s [ROWS, KEYS] give of the block before; s, top, total of
     this block. Each tile takes one step less than it has blocks.
     """
-    p = gl.convert_layout(s.to(v_smem.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
+    p = gl.convert_layout(s.to(v_smem.dtype), _P_LAYOUT)
     stage, before = count % STAGES, (count - 1) % STAGES
     mbarrier.wait(k_bars.index(stage), (count // STAGES) & 1)
     mbarrier.wait(turn_bars.index(C), (steps & 1) ^ (1 if C == 0 else 0))
-    empty = gl.zeros([_ROWS, KEYS], gl.float32, s.type.layout)
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    empty = gl.zeros([_ROWS, KEYS], gl.float32, S_LAYOUT)
     s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), empty, use_acc=False, is_async=True)
     mbarrier.wait(v_bars.index(before), ((count - 1) // STAGES) & 1)
     acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
@@ -158,14 +163,14 @@ def _step(
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(k_bars.index(STAGES + stage))
     if MASK:
-        s = _mask(s, j, gen_keys, und_len, whole, gen_boxes, KEYS, s.type.layout)
+        s = _mask(s, j, gen_keys, und_len, whole, gen_boxes, KEYS, S_LAYOUT)
     new_top = gl.maximum(top, gl.max(s, 1) * scale)
     kept = _exp2(top - new_top)
     s = _exp2(s * scale - gl.expand_dims(new_top, 1))
     total = total * kept + gl.sum(s, 1)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(v_bars.index(STAGES + before))
-    kept = gl.convert_layout(kept, gl.SliceLayout(1, acc.type.layout))
+    kept = gl.convert_layout(kept, gl.SliceLayout(1, _O_LAYOUT))
     return s, acc * gl.expand_dims(kept, 1), new_top, total
 
 
@@ -175,7 +180,7 @@ def _store(
     PACK: gl.constexpr, C: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """acc / total [ROWS, DIM] of consumer C to out, rows past the last token left out."""
-    total = gl.convert_layout(total, gl.SliceLayout(1, acc.type.layout))
+    total = gl.convert_layout(total, gl.SliceLayout(1, _O_LAYOUT))
     result = (acc * gl.expand_dims(1.0 / total, 1)).to(out_ptr.dtype.element_ty)
     result = gl.convert_layout(result, _OUT_LAYOUT)
     row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _OUT_LAYOUT))
@@ -198,7 +203,6 @@ def consume(
         tiles, blocks, groups, gen_keys, tokens, out_batch, out_row, scale,
     ) = shared  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _DIM, 16])
     q = q_smem.index(C)._reinterpret(q_smem.dtype, [_ROWS, _DIM], KEYS_LAYOUT)
     count = 0  # blocks of keys so far
     steps = 0
@@ -220,7 +224,7 @@ def consume(
         top = gl.max(s, 1) * scale
         s = _exp2(s * scale - gl.expand_dims(top, 1))
         total = gl.sum(s, 1)
-        acc = gl.zeros([_ROWS, _DIM], gl.float32, O_LAYOUT)
+        acc = gl.zeros([_ROWS, _DIM], gl.float32, _O_LAYOUT)
         count += 1
         for j in range(1, tails):
             s, acc, top, total = _step(
@@ -237,7 +241,7 @@ def consume(
             count += 1
             steps += 1
         mbarrier.arrive(q_bars.index(CONSUMERS + C))
-        p = gl.convert_layout(s.to(v_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+        p = gl.convert_layout(s.to(v_smem.dtype), _P_LAYOUT)
         before = (count - 1) % STAGES
         mbarrier.wait(v_bars.index(before), ((count - 1) // STAGES) & 1)
         acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
