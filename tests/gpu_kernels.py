@@ -2,7 +2,7 @@
 
 Correctness first (gpu_kernels_checks.py). Then a captured graph of calls whose inputs rotate past
 L2, for a few settings a kernel, beside the torch reference. A short table comes last, with the rows
-of ATTENTION_CHOICE and GATE_UP_CHOICE; exit status 1 on a failed check, and then no times unless --anyway.
+of GATE_UP_CHOICE; exit status 1 on a failed check, and then no times unless --anyway.
 """
 
 from __future__ import annotations
