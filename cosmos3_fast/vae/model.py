@@ -15,7 +15,7 @@ from cosmos3_fast import ops
 from cosmos3_fast.checkpoint import Slot
 from cosmos3_fast.config import VAEConfig
 from cosmos3_fast.parallel import Mesh
-from cosmos3_fast.parallel_edges import EdgeSlots
+from cosmos3_fast.parallel_edges import EdgePool
 from cosmos3_fast.vae.blocks import Place, PointConv
 from cosmos3_fast.vae.decoder import Decoder, unpatchify
 from cosmos3_fast.vae.encoder import Encoder, patchify
@@ -54,9 +54,8 @@ class WanVAE(nn.Module):
         _check(config)
         place = Place(torch.device(device), dtype)
         self.config, self.dtype, self.max_bytes = config, dtype, max_bytes
-        self.deadline = deadline
-        self._slots: dict[tuple[int, int], EdgeSlots] = {}
         self.mesh = Mesh.single(place.device) if mesh is None else mesh
+        self._edges = EdgePool(self.mesh, deadline)
         self.encoder = Encoder(config, place)
         self.quant_conv = PointConv(place.wide, 2 * config.z_dim, 2 * config.z_dim, 1, 1, 1)
         self.decoder = Decoder(config, place) if decoder else None
@@ -164,8 +163,7 @@ class WanVAE(nn.Module):
         """Which neighbours' edges did not come before the deadline; None if all did. Waits for the
         device. After a failure no result is to be used.
         """
-        found = [slots.failure() for slots in self._slots.values()]
-        return next((text for text in found if text), None)
+        return self._edges.failure()
 
     def _with_slots(
         self,
@@ -177,7 +175,8 @@ class WanVAE(nn.Module):
     ) -> Strips:
         """The strips with peer memory for the largest edge of a pass, where kernels use it.
 
-        Made by all ranks at the first pass of a size, which must not be inside a capture.
+        All ranks take the same. The first pass of a size must not be inside a capture: new ones
+        may be made.
         """
         if strips.holders == 1 or not ops.peer_kernels(self.mesh.device):
             return strips
@@ -185,12 +184,7 @@ class WanVAE(nn.Module):
         rows = (0, width) if strips.axis == 3 else (height, 0)  # what is left is the two borders
         sizes = net.sizes(frames, *rows, first=False)
         nbytes = max(elements // 2 for elements, _ in sizes) * self.dtype.itemsize
-        key = strips.holders, nbytes
-        if key not in self._slots:
-            self._slots[key] = EdgeSlots(
-                self.mesh, nbytes, among=strips.holders, deadline=self.deadline
-            )
-        return replace(strips, slots=self._slots[key])
+        return replace(strips, slots=self._edges.slots(nbytes, strips.holders))
 
     def _groups(
         self, net: Encoder | Decoder, strips: Strips, frames: int, height: int, width: int
