@@ -89,18 +89,20 @@ def times(engine: Engine, load: Workload, args: argparse.Namespace) -> dict[str,
 
 
 def collectives_ms(engine: Engine, load: Workload) -> float:
-    """The all-reduces of one network call alone, two a layer."""
+    """The sums over ranks of one network call alone, two a layer, each with the norm after it."""
     frames, height, width = load.latent
     rows = frames * -(-height // 2) * -(-width // 2) + load.state_rows + load.chunk
     rows *= 2 if load.guidance != 1 and engine.mesh.cfg_size == 1 else 1
-    config, mesh = engine.model.config, engine.mesh
-    part = mesh.scratch(rows, config.hidden_size, engine.model.dtype).zero_()
+    model, mesh = engine.model, engine.mesh
+    shape = rows, model.config.hidden_size, model.dtype
+    part, residual = model.sums.part(*shape).zero_(), model.sums.residual(*shape).zero_()
+    weight, eps = model.norm_gen.weight, model.norm_gen.eps
 
-    def reduce() -> None:
-        for _ in range(2 * config.num_hidden_layers):
-            mesh.all_reduce(part, axis="tp")
+    def sums() -> None:
+        for _ in range(2 * model.config.num_hidden_layers):
+            ops.sum_add_rms_norm(part, residual, weight, eps, model.sums)
 
-    graph = Captured(reduce, engine.device, True)
+    graph = Captured(sums, engine.device, True)
     found = []
     for _ in range(7):
         mesh.barrier()

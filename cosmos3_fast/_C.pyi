@@ -5,8 +5,11 @@ Every call launches on that stream alone, allocates nothing and does not wait. A
 raises RuntimeError with the source's file and line.
 """
 
+from collections.abc import Sequence
+
 has_cuda: bool
 HALO_STATE_BYTES: int
+SUM_STATE_BYTES: int
 
 def image_to_tensor(frames: int, out: int, count: int, device: int, stream: int) -> None: ...
 
@@ -60,6 +63,26 @@ def halo_wait(
     slot_bytes: int,
     from_before: bool,
     from_after: bool,
+    state: int,
+    deadline_ns: int,
+    device: int,
+    stream: int = 0,
+) -> None: ...
+def sum_flag_bytes(ranks: int) -> int: ...
+def sum_norm(
+    *,
+    peers: Sequence[int],
+    rank: int,
+    part: int,
+    normed: int,
+    flags: int,
+    residual_at: int = -1,
+    residual: int,
+    weight: int,
+    eps: float,
+    dtype: int,
+    rows: int,
+    columns: int,
     state: int,
     deadline_ns: int,
     device: int,

@@ -348,10 +348,10 @@ class Engine:
             result["pixels"] = self.vae.decode(video)
             stages.mark("decode")
         note(f"after step {plan.schedule.steps} of {plan.schedule.steps}, waiting for the device")
-        denoise.require_finite(result | {"state": state})
-        late = self.vae.failure() if self.vae is not None else None
+        late = self.model.failure() or (self.vae.failure() if self.vae is not None else None)
         if late:
             raise TimeoutError(late)
+        denoise.require_finite(result | {"state": state})
         if self.args.plugin_args.decode_video:
             self._decoders.get(_decoder_key(plan.layout), lambda: True)
         self.times = stages.milliseconds()

@@ -23,8 +23,10 @@ from cosmos3_fast.layers.embeddings import DomainLinear, TimestepEmbedding
 from cosmos3_fast.layers.linear import ReplicatedLinear, empty
 from cosmos3_fast.layers.mlp import GatedMLP
 from cosmos3_fast.layers.norm import RMSNorm
+from cosmos3_fast.layers.residual import Residual
 from cosmos3_fast.layers.rotary import Rotary, text_positions
 from cosmos3_fast.parallel import Mesh
+from cosmos3_fast.parallel_sum import RowSums
 
 UNUSED = ("norm.", "lm_head.", "audio_")  # known tensors of the family that this path does not read
 
@@ -102,26 +104,34 @@ class Tower(nn.Module):
         self.norm_mlp = RMSNorm(size, eps, f"{prefix}.post_attention_layernorm{suffix}", **place)
         self.mlp = GatedMLP(config, f"{prefix}.mlp{suffix}", mesh, **place)
 
-    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor | None:
-        """Add output projection and MLP to x [M, H] in place; returns what the next norm must still
-        add.
-        """
-        pending = self.attention.out.add_to(x, attended)
-        return self.mlp.add_to(x, self.norm_mlp(x, pending))
+    def finish(self, residual: Residual, attended: torch.Tensor) -> None:
+        """Add output projection and MLP to residual [M, H]."""
+        self.attention.out.add_to(residual, attended)
+        self.mlp.add_to(residual, self.norm_mlp(residual))
 
 
 class Cosmos3Transformer(nn.Module):
-    """This rank's part of both towers and the projections around them."""
+    """This rank's part of both towers and the projections around them.
+
+    `deadline`: seconds that a kernel waits for the other ranks' products.
+    """
 
     unused = UNUSED
     und: Sequence[Tower]
     gen: Sequence[Tower]
 
     def __init__(
-        self, config: TransformerConfig, mesh: Mesh, *, device: torch.device, dtype: torch.dtype
+        self,
+        config: TransformerConfig,
+        mesh: Mesh,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        deadline: float = 30.0,
     ) -> None:
         super().__init__()
         self.config, self.mesh, self.dtype, self.device = config, mesh, dtype, device
+        self.sums = RowSums(mesh, deadline=deadline)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden, patch, action = config.hidden_size, config.patch_latent_dim, config.action_dim
         layers, domains = range(config.num_hidden_layers), config.num_embodiment_domains
@@ -173,38 +183,50 @@ class Cosmos3Transformer(nn.Module):
         keys = torch.empty(shape, device=self.device, dtype=self.dtype)
         values = torch.empty_like(keys)
         cos, sin = self.rotary.tables(text_positions(count, self.device))
-        x = self.embed_tokens[torch.tensor(ids, device=self.device)]
-        pending = None
+        x = Residual(self.embed_tokens[torch.tensor(ids, device=self.device)], self.sums)
         for index, layer in enumerate(self.und):
             k, v = keys[index], values[index]
-            q = layer.attention.project(layer.norm_in(x, pending), cos, sin, k, v)
+            q = layer.attention.project(layer.norm_in(x), cos, sin, k, v)
             if index + 1 < len(self.und):
-                pending = layer.finish(x, ops.causal_attention(q, k, v).flatten(1))
+                layer.finish(x, ops.causal_attention(q, k, v).flatten(1))
         return keys, values
 
     def velocity(self, inputs: GenInputs, out: torch.Tensor) -> torch.Tensor:
         """One network call for G branches; writes out [G, Nv * P + Na * A], whose clean rows keep
         their value (0).
+
+        The last layer computes only the tokens whose velocity is used.
         """
         groups, tokens = inputs.cos.shape[:2]
         rows = torch.cat((inputs.video_rows, inputs.action_rows + inputs.video.shape[0]))
         cos, sin = inputs.cos.flatten(0, 1), inputs.sin.flatten(0, 1)
-        x = self._embed(inputs).repeat(groups, 1)
-        pending = None
+        x = self._stream(self._embed(inputs), groups)
         for index, layer in enumerate(self.gen):
-            attention = layer.attention
-            keys = x.new_empty(2, groups * tokens, attention.kv_heads, attention.dim)
-            q = attention.project(layer.norm_in(x, pending), cos, sin, keys[0], keys[1])
+            attention, last = layer.attention, index + 1 == len(self.gen)
+            normed = layer.norm_in(x, whole=last)
+            keys = normed.new_empty(2, groups * tokens, attention.kv_heads, attention.dim)
+            q = attention.project(normed, cos, sin, keys[0], keys[1])
             q = q.unflatten(0, (groups, tokens))
-            if index + 1 == len(self.gen):
-                q = q.index_select(1, rows)
-                x = x.unflatten(0, (groups, tokens)).index_select(1, rows).flatten(0, 1)
+            if last:
+                q, x = q.index_select(1, rows), x.select(groups, rows)
             k, v = keys.unflatten(1, (groups, tokens))
             und = inputs.und_k[index], inputs.und_v[index], inputs.und_len
             attended = ops.attention(q, k, v, *und)
-            pending = layer.finish(x, attended.flatten(2).flatten(0, 1))
-        self._project(self.norm_gen(x, pending).unflatten(0, (groups, -1)), inputs, out)
+            layer.finish(x, attended.flatten(2).flatten(0, 1))
+        self._project(self.norm_gen(x).unflatten(0, (groups, -1)), inputs, out)
         return out
+
+    def failure(self) -> str | None:
+        """Which ranks' products did not come before the deadline; None if all did. Waits for the
+        device. After a failure no result is to be used.
+        """
+        return self.sums.failure()
+
+    def _stream(self, x: torch.Tensor, groups: int) -> Residual:
+        """x [M, H] for each group, as a residual [G * M, H]."""
+        stream = self.sums.residual(groups * x.shape[0], x.shape[1], x.dtype)
+        stream.view(groups, *x.shape).copy_(x)
+        return Residual(stream, self.sums)
 
     def _embed(self, inputs: GenInputs) -> torch.Tensor:
         """[M, H]: projected patches and action rows, the timestep embedding added to the noisy

@@ -77,7 +77,6 @@ class Mesh:
         self._owns_group = owns_group
         self._groups = self._make_groups() if channel else {}
         self._registered: dict[int, Symmetric] = {}  # by the address of the storage
-        self._scratch: dict[tuple[Any, ...], torch.Tensor] = {}
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> Mesh:
@@ -220,22 +219,6 @@ class Mesh:
         torch.cuda.synchronize(self.device)
         return part
 
-    def scratch(
-        self, rows: int, columns: int, dtype: torch.dtype, axis: str = "tp"
-    ) -> torch.Tensor:
-        """[rows, columns] to compute a summand of `all_reduce` into: symmetric memory on cuda.
-
-        Given out again by the next call of about that size: the sum must have been read, in stream
-        order, before. The first such call is a collective outside a capture.
-        """
-        if self.size(axis) == 1 or self.device.type != "cuda" or self.collective == "nccl":
-            return torch.empty(rows, columns, dtype=dtype, device=self.device)
-        capacity = 1 << (rows - 1).bit_length()  # prompts of any length share a few buffers
-        key = (capacity, columns, dtype, axis)
-        if key not in self._scratch:
-            self._scratch[key] = self.symmetric((capacity, columns), dtype, axis).tensor
-        return self._scratch[key][:rows]
-
     def gather_objects(self, value: Any, timeout: float | None = None) -> list[Any]:
         """A small JSON value of every rank, in world order, on the host alone (about 0.2 ms).
 
@@ -254,7 +237,6 @@ class Mesh:
         """
         if self.device.type == "cuda" and self._groups:
             torch.cuda.synchronize(self.device)
-        self._scratch.clear()
         self._registered.clear()
         made = [group for group in self._groups.values() if group is not dist.group.WORLD]
         self._groups = {}

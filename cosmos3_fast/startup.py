@@ -151,7 +151,8 @@ def build(
     """
     runtime, vae = args.config.runtime, None
     place: dict[str, Any] = {"device": mesh.device, "dtype": args.config.device.params_dtype}
-    model = Cosmos3Transformer(checkpoint.transformer, mesh, **place)
+    deadline = runtime.step_deadline_s
+    model = Cosmos3Transformer(checkpoint.transformer, mesh, deadline=deadline, **place)
     parts: list[tuple[str, Cosmos3Transformer | WanVAE]] = [("transformer", model)]
     if checkpoint.vae is not None:
         vae = WanVAE(
@@ -159,7 +160,7 @@ def build(
             mesh=mesh,
             decoder=args.plugin_args.decode_video,
             max_bytes=runtime.decode_max_bytes,
-            deadline=runtime.step_deadline_s,
+            deadline=deadline,
             **place,
         )
         parts.append(("vae", vae))

@@ -15,4 +15,5 @@ PYBIND11_MODULE(_C, module) {
     bind_image(module);
     bind_halo(module);
     bind_noise(module);
+    bind_sum(module);
 }

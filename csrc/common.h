@@ -1,5 +1,5 @@
-// The extension's two checks, the one exception they raise (Python: RuntimeError), and the guard of
-// the current device.
+// The extension's two checks, the one exception they raise (Python: RuntimeError), the numbers of
+// the dtypes, and the guard of the current device.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,8 @@
 #endif
 
 namespace cosmos3 {
+
+enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
 class Error : public std::runtime_error {
 public:
@@ -25,6 +27,18 @@ public:
     do {                                                                         \
         if (!(condition)) throw ::cosmos3::Error((message), __FILE__, __LINE__); \
     } while (0)
+
+namespace cosmos3 {
+
+inline std::string text(int64_t number) { return std::to_string(number); }
+
+inline int bytes_of(int dtype) {
+    COSMOS3_CHECK(dtype >= kFloat32 && dtype <= kBfloat16,
+                  "dtype must be 0, 1 or 2, got " + text(dtype));
+    return dtype == kFloat32 ? 4 : 2;
+}
+
+}  // namespace cosmos3
 
 #ifdef COSMOS3_CUDA
 #define COSMOS3_CUDA_CHECK(call)                                                \

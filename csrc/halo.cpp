@@ -12,59 +12,10 @@
 
 #include "bindings.h"
 #include "common.h"
+#include "scalars.h"
 
 namespace cosmos3::halo {
 namespace {
-
-float bits_to_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-uint32_t float_to_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-struct Bfloat16 {
-    uint16_t bits;
-    float widen() const { return bits_to_float(uint32_t(bits) << 16); }
-    static Bfloat16 narrow(float value) {
-        const uint32_t raw = float_to_bits(value);
-        if (std::isnan(value)) return {uint16_t(raw >> 16 | 0x40)};
-        return {uint16_t((raw + 0x7fff + (raw >> 16 & 1)) >> 16)};
-    }
-};
-
-struct Float16 {
-    uint16_t bits;
-    float widen() const {
-        const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31;
-        const uint32_t mantissa = bits & 1023;
-        if (exponent == 31) return bits_to_float(sign | 0x7f800000 | mantissa << 13);
-        if (exponent == 0) return (sign ? -1.0f : 1.0f) * float(mantissa) * 0x1p-24f;
-        return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
-    }
-    static Float16 narrow(float value) {
-        const uint16_t sign = float_to_bits(value) >> 16 & 0x8000;
-        const float size = std::fabs(value);
-        if (std::isnan(value)) return {uint16_t(sign | 0x7e00)};
-        if (size >= 65520.0f) return {uint16_t(sign | 0x7c00)};
-        // Adding the float whose last place is the wanted one rounds to nearest even.
-        if (size < 0x1p-14f)
-            return {uint16_t(sign | (float_to_bits(size + 0.5f) - float_to_bits(0.5f)))};
-        const uint32_t raw = float_to_bits(size);
-        return {uint16_t(sign | (((raw + 0xfff + (raw >> 13 & 1)) >> 13) - (112 << 10)))};
-    }
-};
-
-struct Float32 {
-    float value;
-    float widen() const { return value; }
-    static Float32 narrow(float value) { return {value}; }
-};
 
 // 32 partial sums and a tree, as a warp adds.
 template <typename T>
@@ -168,8 +119,6 @@ bool arrived(const Wait& wait, Side side, uint32_t epoch) {
     return true;
 }
 
-std::string text(int64_t number) { return std::to_string(number); }
-
 void check_plan(const Plan& plan) {
     COSMOS3_CHECK(plan.channels > 0 && plan.frames > 0 && plan.height > 0 && plan.width > 0,
                   "x must not be empty, got C, T, H, W = " + text(plan.channels) + ", " +
@@ -206,17 +155,6 @@ Plan make_plan(int prologue, const std::array<int, 4>& shape, int history,
                        axis};
     check_plan(plan);
     return plan;
-}
-
-int bytes_of(int dtype) {
-    COSMOS3_CHECK(dtype >= kFloat32 && dtype <= kBfloat16,
-                  "dtype must be 0, 1 or 2, got " + text(dtype));
-    return dtype == kFloat32 ? 4 : 2;
-}
-
-template <typename T>
-T* at(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
 }
 
 void halo_write(std::uintptr_t x, std::uintptr_t out, std::uintptr_t gamma, std::uintptr_t bias,

@@ -25,10 +25,6 @@ namespace {
 template <typename T>
 constexpr int kMostVectors = sizeof(T) == 4 ? 256 : 160;
 
-__device__ __forceinline__ void store_release(uint32_t* to, uint32_t value) {
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
-}
-
 // Slots that this kernel's edges go to, read off the device's epoch once.
 struct Sending {
     char* slot[2];

@@ -13,6 +13,8 @@
 
 #include <cstdint>
 
+#include "common.h"
+
 #ifdef __CUDACC__
 #define HALO_INLINE __host__ __device__ __forceinline__
 #else
@@ -21,7 +23,6 @@
 
 namespace cosmos3::halo {
 
-enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 enum Prologue : int { kNone = 0, kNormSilu = 1, kNearest2x = 2 };
 enum Side : int { kBefore = 0, kAfter = 1 };
 

@@ -8,18 +8,6 @@
 namespace cosmos3::halo {
 namespace {
 
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
-    uint32_t value;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-    return value;
-}
-
-__device__ __forceinline__ uint64_t global_time_ns() {
-    uint64_t value;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(value));
-    return value;
-}
-
 // One thread of a block. After a first expiry nobody waits again: the error is for the host to see.
 __device__ bool arrived(const Wait& wait, Side side, uint32_t epoch, uint64_t start) {
     if (!wait.from[side]) return true;

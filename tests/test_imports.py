@@ -17,7 +17,16 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS: tuple[tuple[str, ...], ...] = (
     ("config", "request", "cache", "stages"),
     ("kernels", "_C"),
-    ("ops", "parallel", "launch", "parallel_edges", "agreement", "watchdog", "checkpoint"),
+    (
+        "ops",
+        "parallel",
+        "launch",
+        "parallel_edges",
+        "parallel_sum",
+        "agreement",
+        "watchdog",
+        "checkpoint",
+    ),
     ("layers",),
     ("model", "vae", "sampler", "tokenizer", "latents"),
     ("loader", "processor", "graph"),
@@ -29,8 +38,10 @@ ROWS: tuple[tuple[str, ...], ...] = (
 SAME_ROW = {
     ("request", "config"),
     ("ops", "parallel_edges"),
+    ("ops", "parallel_sum"),
     ("startup", "denoise"),
     ("parallel_edges", "parallel"),
+    ("parallel_sum", "parallel"),
     ("parallel", "launch"),
     ("watchdog", "launch"),
     ("watchdog", "parallel"),

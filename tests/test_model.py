@@ -13,6 +13,7 @@ from cosmos3_fast.checkpoint import open_checkpoint
 from cosmos3_fast.config import CheckpointConfig
 from cosmos3_fast.graph import ShapeKey, StepRunner
 from cosmos3_fast.latents import flatten, masks, split
+from cosmos3_fast.layers.residual import Residual
 from cosmos3_fast.layers.rotary import media_positions
 from cosmos3_fast.loader import unfilled
 from cosmos3_fast.model import Cosmos3Transformer, parameter_bytes
@@ -272,7 +273,7 @@ def test_the_ranks_of_a_group_compute_what_one_does(eight_heads, size):
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_the_shards_of_a_layer_sum_to_the_whole(eight_heads, size):
-    """A mesh without a channel reduces nothing: each rank's pending sum is its own share."""
+    """What is still to be added on a rank is its own share."""
     wide = CheckpointConfig.read(eight_heads).transformer
     x = noise(7, 64, seed=3)
 
@@ -280,9 +281,9 @@ def test_the_shards_of_a_layer_sum_to_the_whole(eight_heads, size):
         mesh = Mesh(CPU, tp_size=ranks)
         mesh.tp_rank = rank
         network = fill(Cosmos3Transformer(wide, mesh, device=CPU, dtype=torch.float32), eight_heads)
-        layer, residual = network.gen[1], x.clone()
-        pending = layer.mlp.add_to(residual, x)
-        return residual - x if pending is None else pending
+        layer, residual = network.gen[1], Residual(x.clone(), network.sums)
+        layer.mlp.add_to(residual, x)
+        return residual.x - x if residual.part is None else residual.part
 
     with torch.no_grad():
         whole = shares(0, 1)

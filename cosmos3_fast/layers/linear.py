@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cosmos3_fast.checkpoint import Slot
+from cosmos3_fast.layers.residual import Residual
 from cosmos3_fast.parallel import Mesh
 
 
@@ -66,7 +67,7 @@ class MergedColumnLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """A weight cut along its input; the ranks' products are summed by one all-reduce."""
+    """A weight cut along its input; the ranks' products are summed where they meet the residual."""
 
     def __init__(
         self,
@@ -83,19 +84,9 @@ class RowLinear(nn.Module):
         local = share(in_features, mesh, name)
         self.weight = empty(out_features, local, device=device, dtype=dtype)
 
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-        """Add x [M, in / tp] times the weight to residual [M, out]; returns what is still to be
-        added.
-
-        On one rank the product accumulates into `residual` inside the GEMM and None comes back.
-        Over several the sum of the products comes back, for the next norm to add: adding it before
-        the all-reduce would round the residual once more.
-        """
-        if self.mesh.tp_size == 1:
-            residual.addmm_(x, self.weight.t())
-            return None
-        part = self.mesh.scratch(x.shape[0], self.weight.shape[0], x.dtype)
-        return self.mesh.all_reduce(torch.mm(x, self.weight.t(), out=part), axis="tp")
+    def add_to(self, residual: Residual, x: torch.Tensor) -> None:
+        """Add x [M, in / tp] times the weight, summed over the ranks, to residual [M, out]."""
+        residual.add_product(x, self.weight)
 
     def slots(self) -> dict[str, Slot]:
         out, local = self.weight.shape

@@ -11,6 +11,7 @@ from cosmos3_fast import ops
 from cosmos3_fast.checkpoint import Slot
 from cosmos3_fast.config import TransformerConfig
 from cosmos3_fast.layers.linear import MergedColumnLinear, RowLinear
+from cosmos3_fast.layers.residual import Residual
 from cosmos3_fast.parallel import Mesh
 
 
@@ -33,11 +34,9 @@ class GatedMLP(nn.Module):
         self.gate_up = MergedColumnLinear(hidden, parts, mesh, **place)
         self.down = RowLinear(inner, hidden, f"{name}.down_proj", mesh, **place)
 
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-        """Add the MLP of x [M, H] to residual [M, H]; returns what is still to be added (see
-        RowLinear).
-        """
-        return self.down.add_to(residual, ops.gate_up_silu(x, self.gate_up.weight))
+    def add_to(self, residual: Residual, x: torch.Tensor) -> None:
+        """Add the MLP of x [M, H] to residual [M, H]."""
+        self.down.add_to(residual, ops.gate_up_silu(x, self.gate_up.weight))
 
     def slots(self) -> dict[str, Slot]:
         return self.gate_up.slots() | self.down.slots()

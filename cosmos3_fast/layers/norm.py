@@ -1,13 +1,13 @@
-"""RMSNorm of the residual stream, with the sum that a sharded layer left open."""
+"""RMSNorm of the residual stream, with the product that the layer before left open."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from cosmos3_fast import ops
 from cosmos3_fast.checkpoint import Slot
 from cosmos3_fast.layers.linear import empty
+from cosmos3_fast.layers.residual import Residual
 
 
 class RMSNorm(nn.Module):
@@ -20,11 +20,9 @@ class RMSNorm(nn.Module):
         self.eps, self.name = eps, name
         self.weight = empty(size, device=device, dtype=dtype)
 
-    def forward(self, residual: torch.Tensor, pending: torch.Tensor | None = None) -> torch.Tensor:
-        """residual [M, H], to which `pending` [M, H] is first added in place -> [M, H]."""
-        if pending is None:
-            return ops.rms_norm(residual, self.weight, self.eps)
-        return ops.add_rms_norm(pending, residual, self.weight, self.eps)
+    def forward(self, residual: Residual, *, whole: bool = False) -> torch.Tensor:
+        """residual [M, H] -> [M, H]; see `Residual.norm`."""
+        return residual.norm(self.weight, self.eps, whole=whole)
 
     def slots(self) -> dict[str, Slot]:
         return {f"{self.name}.weight": Slot(self.weight, tuple(self.weight.shape))}

@@ -12,7 +12,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,10 @@ from cosmos3_fast.kernels import reference_conv as _reference_conv
 from cosmos3_fast.ops import halo
 from cosmos3_fast.ops.extension import extension as _extension
 from cosmos3_fast.ops.extension import place
+from cosmos3_fast.ops.sum_norm import sum_add_rms_norm as _sum_add_rms_norm
+
+if TYPE_CHECKING:
+    from cosmos3_fast.parallel_sum import RowSums
 
 _TRITON = {  # operation -> module of cosmos3_fast.kernels that holds its launcher
     "rms_norm": "rms_norm",
@@ -87,6 +91,28 @@ def add_rms_norm(
 ) -> torch.Tensor:
     """residual [M, H] += x [M, H] in place; RMSNorm of the sum -> [M, H]."""
     return _pick("add_rms_norm", x)(x, residual, weight, eps, out=out)
+
+
+def sum_add_rms_norm(
+    part: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    sums: RowSums,
+    *,
+    whole: bool = False,
+) -> torch.Tensor:
+    """residual [M, H] += the sum of the ranks' parts [M, H]; RMSNorm of that -> [M, H].
+
+    `part` is memory of `sums`, and so may be the result: it is valid until the next such sum. Where
+    one kernel does it all, a rank's residual is complete in its own share of the rows, and in all
+    of them if `whole`, for which it must be memory of `sums`.
+    """
+    rows, columns = part.shape
+    memory = sums.fused(rows, columns, part.dtype) if peer_kernels(part.device) else None
+    if memory is not None:
+        return _sum_add_rms_norm(part, residual, weight, eps, memory, whole=whole)
+    return add_rms_norm(sums.mesh.all_reduce(part, "tp"), residual, weight, eps)
 
 
 def qk_norm_rope(

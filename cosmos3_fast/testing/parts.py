@@ -15,6 +15,7 @@ from cosmos3_fast import denoise, ops
 from cosmos3_fast.config import CheckpointConfig, Cosmos3PolicyWNArgs, TransformerConfig
 from cosmos3_fast.graph import Captured
 from cosmos3_fast.layers.linear import MergedColumnLinear
+from cosmos3_fast.layers.residual import Residual
 from cosmos3_fast.model import Cosmos3Transformer
 from cosmos3_fast.request import Cosmos3ActionRequest
 
@@ -136,7 +137,7 @@ class StepParts:
         model.proj_in(self._patches)
         for index, layer in enumerate(model.gen):
             rows = shape.branches * (shape.tokens if index + 1 < layers else shape.noisy)
-            residual, x = self._residual[:rows], self._x[:rows]
+            residual, x = Residual(self._residual[:rows], model.sums), self._x[:rows]
             layer.attention.qkv(self._x)
             layer.attention.out.add_to(residual, self._attended[:rows])
             self._gate_up(layer.mlp.gate_up, x)
