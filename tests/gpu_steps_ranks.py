@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import torch
 
-from cosmos3_fast import Engine, ParallelConfig, denoise
+from cosmos3_fast import Engine, ParallelConfig, denoise, ops
 from cosmos3_fast.agreement import digest
 from cosmos3_fast.graph import StepRunner
 from cosmos3_fast.parallel import Mesh, Symmetric
@@ -92,6 +92,11 @@ class Peers:
     def all_reduce(self, x: torch.Tensor, axis: str = "tp") -> torch.Tensor:
         return self.all_gather(x, axis).sum(0)
 
+    def sum_add_rms_norm(
+        self, part: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *_, **__
+    ) -> torch.Tensor:
+        return ops.add_rms_norm(self.all_reduce(part), residual, weight, eps)
+
     def _wait(self, part: Symmetric) -> None:
         if self.barriers:
             part.handle.barrier()
@@ -126,11 +131,14 @@ class Steps:
             runner.prepare(guided)
         return runner
 
-    def slowed(self) -> Any:
+    @contextmanager
+    def slowed(self) -> Iterator[None]:
         """While this lasts collectives that are called, or captured, have delays around them."""
         names = ("all_reduce", "all_gather")
         calls = {name: delayed(getattr(self.mesh, name), self.delays) for name in names}
-        return patch.multiple(self.mesh, **calls)
+        fused = delayed(ops.sum_add_rms_norm, self.delays)
+        with patch.multiple(self.mesh, **calls), patch.object(ops, "sum_add_rms_norm", fused):
+            yield
 
     def delayed_runners(self) -> list[StepRunner]:
         with self.slowed():
@@ -264,7 +272,8 @@ def check_races(engine: Engine, load: Workload, count: int) -> list[str]:
         calls = {"all_reduce": peers.all_reduce, "all_gather": peers.all_gather}
         with watched(engine):
             steps = Steps(engine, load)
-            with patch.multiple(mesh, **calls):
+            fused = patch.object(ops, "sum_add_rms_norm", peers.sum_add_rms_norm)
+            with patch.multiple(mesh, **calls), fused:
                 if barriers:
                     wanted = steps.answers(steps.runner())
                 runners = steps.delayed_runners()
