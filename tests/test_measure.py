@@ -144,8 +144,12 @@ def test_gate_finds_a_prompt_that_stays(monkeypatch):
 
 
 def test_gate_finds_a_kernel_that_errs(monkeypatch):
-    real = ops.silu_mul
-    monkeypatch.setattr(ops, "silu_mul", lambda x: real(x) * (1.0 if ops._forced else 1.001))
+    real = ops.gate_up_silu
+
+    def erring(x, weight):
+        return real(x, weight) * (1.0 if ops._forced else 1.001)
+
+    monkeypatch.setattr(ops, "gate_up_silu", erring)
     with pytest.raises(ValueError, match="over twice eager torch's"):
         gate.rounding(shared_engine(decode=False), SMALL["E"])
 
