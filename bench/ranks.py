@@ -7,8 +7,8 @@
 Every rank first runs alone (world size 1) on its own GPU, then all of them as the mesh. Rank 0
 prints one JSON line a request; milliseconds are those of the slowest rank. Every rank's exit status
 is 1 when ranks hold different bits, or a result lies further from one GPU's than the bound, and
-then that request has no times. `--pooled N` compares errors against float32 over N seeds instead of
-by the fixed bound. `--tiny` runs on CPU ranks.
+then that request has no times. `--pooled N` compares errors against float32 over N seeds, dealt out
+to the ranks, instead of by the fixed bound. `--tiny` runs on CPU ranks.
 """
 
 from __future__ import annotations
@@ -147,6 +147,23 @@ def pooled(found: list[Results], exact: list[Results]) -> float:
     return relative(merge(found), merge(exact))
 
 
+def everyones(engine: Engine, own: dict[str, list[Results]]) -> dict[str, list[Results]]:
+    """Each kind's results of every rank's seeds, in the order of the seeds dealt out by rank."""
+
+    def gather(rows: list[Results]) -> list[Results]:
+        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        every = {
+            name: engine.mesh.all_gather(part.to(engine.device), axis="world").cpu()
+            for name, part in stacked.items()
+        }
+        order = [
+            (rank, turn) for turn in range(len(rows)) for rank in range(engine.mesh.world_size)
+        ]
+        return [{name: part[at] for name, part in every.items()} for at in order]
+
+    return {kind: gather(rows) for kind, rows in own.items()}
+
+
 def agreement(
     kind: str, args: argparse.Namespace, many: Engine, mine: dict, one: dict, exact: dict
 ) -> dict[str, Any]:
@@ -172,10 +189,10 @@ def slowest(engine: Engine, row: dict[str, float]) -> dict[str, float]:
 
 def report(args: argparse.Namespace, folder: Path, kinds: dict[str, Workload]) -> list[dict]:
     """Everything, one row a request; rank 0 prints it."""
-    seeds, exact = range(7, 7 + max(1, args.pooled)), {}
+    seeds, own = range(7, 7 + max(1, args.pooled)), {}
     if args.pooled:
         with ops.reference(), engine_of(folder, args, (1, 1), torch.float32) as wide:
-            exact = answers(wide, kinds, seeds)
+            own = answers(wide, kinds, seeds[args.local :: args.cfg * args.tp])
         del wide
         release(args)
     with engine_of(folder, args, (1, 1), args.dtype) as alone:
@@ -186,7 +203,7 @@ def report(args: argparse.Namespace, folder: Path, kinds: dict[str, Workload]) -
     release(args)
     rows = []
     with engine_of(folder, args, (args.cfg, args.tp), args.dtype) as many:
-        mine = answers(many, kinds, seeds)
+        mine, exact = answers(many, kinds, seeds), everyones(many, own)
         for kind, load in kinds.items():
             row = {"request": kind, "mesh": f"cfg {args.cfg} x tp {args.tp}"}
             row |= agreement(kind, args, many, mine, one, exact)
@@ -231,8 +248,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="CPU ranks, tiny model, float32")
     parser.add_argument("--json", metavar="OUT")
     args = parser.parse_args()
-    local = torch.distributed.get_node_local_rank(fallback_rank=0)
-    args.device = "cpu" if args.tiny else f"cuda:{local}"
+    if args.pooled % (args.cfg * args.tp):
+        parser.error(f"--pooled deals seeds out to {args.cfg * args.tp} ranks, got {args.pooled}")
+    args.local = torch.distributed.get_node_local_rank(fallback_rank=0)
+    args.device = "cpu" if args.tiny else f"cuda:{args.local}"
     args.dtype = torch.float32 if args.tiny else torch.bfloat16
     return args
 
