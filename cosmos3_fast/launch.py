@@ -88,11 +88,12 @@ def ranks_text(ranks: list[int]) -> str:
 
 
 def join(config: ParallelConfig, device: torch.device, timeout: float) -> tuple[Channel, bool]:
-    """Meet the other ranks, check the launch against `config`, start torch.distributed if nobody
-    has.
+    """Meet the other ranks, take `device`, check the launch against `config`, start
+    torch.distributed if nobody has.
 
     Returns the channel and whether this call started the process group. Raises ValueError on every
-    rank where launch and configurations disagree, TimeoutError naming the ranks that did not come.
+    rank where launch and configurations disagree or a rank cannot have its GPU, TimeoutError naming
+    the ranks that did not come.
     """
     started = not dist.is_initialized()
     if started:
@@ -146,6 +147,7 @@ def _agree_on_launch(
     card = {
         "mesh": [config.cfg_size, config.tp_size],
         "device": f"{socket.gethostname()} {device}",
+        "refusal": _take(device),
         "pid": os.getpid(),
     }
     store = channel.store
@@ -163,6 +165,20 @@ def _agree_on_launch(
         raise TimeoutError(f"no sign of rank 0 of {config.world_size}: {error}") from error
     if kind:
         raise {"ValueError": ValueError, "TimeoutError": TimeoutError}[kind](text)
+
+
+def _take(device: torch.device) -> str:
+    """Make a GPU this process's current one; why that cannot be, or ""."""
+    if device.type != "cuda":
+        return ""
+    count = torch.cuda.device_count()
+    if device.index >= count:
+        return f"asks for {device} and sees {count} GPU{'s' if count != 1 else ''}"
+    try:
+        torch.cuda.set_device(device)
+    except RuntimeError as error:  # in use elsewhere, full, broken: the other ranks must hear of it
+        return f"cannot have {device}: {str(error).splitlines()[0]}"
+    return ""
 
 
 def _arrived(channel: Channel) -> list[int]:
@@ -200,6 +216,9 @@ def _verdict(channel: Channel, timeout: float) -> tuple[str, str]:
             f"ParallelConfig(world_size={cfg * tp}, cfg_size={cfg}, tp_size={tp}) needs "
             f"{cfg * tp} ranks, the launch has {size} (torchrun --nproc_per_node={cfg * tp})"
         )
+    refused = [f"rank {r} {card['refusal']}" for r, card in enumerate(cards) if card["refusal"]]
+    if refused:
+        return "ValueError", f"one GPU a rank: {', '.join(refused)}"
     places: dict[str, list[int]] = {}
     for rank, card in enumerate(cards):
         places.setdefault(card["device"], []).append(rank)

@@ -96,15 +96,14 @@ class Mesh:
 
         Uses the process group that exists, or starts one (env://) which `close` then ends.
         `timeout`: seconds to wait for the other ranks, also the limit of `gather_objects`. Raises
-        ValueError on every rank where the launch does not match `config`, TimeoutError naming
-        missing ranks.
+        ValueError on every rank where the launch does not match `config` or a rank cannot have its
+        GPU, TimeoutError naming missing ranks.
         """
         device = torch.device(device)
         if config.world_size == 1:
             return cls.single(device)
         if device.type == "cuda":
             device = _with_index(device, None)
-            torch.cuda.set_device(device)
         channel, started = join(config, device, timeout)
         mesh = cls(
             device,

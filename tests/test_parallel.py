@@ -210,6 +210,40 @@ def test_ranks_with_different_meshes_are_named_on_every_rank() -> None:
         )
 
 
+def case_join_gpus() -> dict[str, object]:
+    """A host of two GPUs, the second of which is broken where the argument says so."""
+    taken = []
+
+    def set_device(device: torch.device) -> None:
+        if device.index >= 2 or device.index == argument("broken"):
+            raise RuntimeError("CUDA error: no such luck\nKernel errors might be reported later")
+        taken.append(str(device))
+
+    torch.cuda.device_count, torch.cuda.set_device = lambda: 2, set_device
+    size = int(os.environ["WORLD_SIZE"])
+    try:
+        Mesh.create(ParallelConfig(size, 1, size), "cuda", timeout=20.0)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "taken": taken}
+    return {"error": None}
+
+
+MORE_RANKS = "rank 2 asks for cuda:2 and sees 2 GPUs, rank 3 asks for cuda:3 and sees 2 GPUs"
+BROKEN = "rank 1 cannot have cuda:1: CUDA error: no such luck"
+
+
+@pytest.mark.parametrize(
+    ("size", "broken", "error"),
+    [(4, None, MORE_RANKS), (2, 1, BROKEN)],
+    ids=["more-ranks-than-gpus", "a-broken-gpu"],
+)
+def test_a_rank_without_its_gpu_is_named_on_every_rank(size, broken, error) -> None:
+    results = run_cases(size, [case_join_gpus], arguments={"broken": broken})["case_join_gpus"]
+    for rank, got in enumerate(results):
+        assert got["error"] == f"ValueError: one GPU a rank: {error}"
+        assert got["taken"] == ([f"cuda:{rank}"] if rank < 2 and rank != broken else [])
+
+
 def test_a_missing_rank_is_named_on_every_rank() -> None:
     arguments = {"mesh": [2, 2], "timeout": 1.0}
     with Launch(4, [case_join], ranks=[0, 1, 3], arguments=arguments) as launch:
