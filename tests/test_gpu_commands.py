@@ -65,7 +65,7 @@ def together(
             place.mkdir()
             for item in ("tiny", "observation.png", "obs.mp4", "action.json"):
                 (place / item).symlink_to(folder / item)
-            command = [*flags, *page.COMMON, "--out", ".cache/out"]
+            command = [*flags, *page.EVERYWHERE, "--out", ".cache/out"]
             running[name] = page.torchrun(ranks, command, place), time.monotonic()
         found |= {name: page.outcome(*process) for name, process in running.items()}
     return found
@@ -94,7 +94,7 @@ def single(folder: Path) -> Callable[[str, str], Path]:
         place, before = folder / f"alone {name}, {dtype}", Path.cwd()
         os.chdir(folder)
         try:
-            words = ["run", *alone(name), *DTYPES[dtype], *page.COMMON, "--out", f"{place}/out"]
+            words = ["run", *alone(name), *DTYPES[dtype], *page.EVERYWHERE, "--out", f"{place}/out"]
             assert main(words) == 0
         finally:
             os.chdir(before)
@@ -175,3 +175,4 @@ def test_one_gpus_flags_are_the_commands_without_a_mesh() -> None:
     guided = scaled("policy with guidance on 8", 2)
     assert guided[:4] == ["--cfg", "2", "--tp", "1"]
     assert scaled("policy on 4", 2)[:2] == ["--tp", "2"]
+    assert "--device" not in page.EVERYWHERE

@@ -29,7 +29,8 @@ from cosmos3_fast.testing import make_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--steps", "2", "--action-chunk-size", "4", "--image-size", "256")
-COMMON = ("--checkpoint", "tiny", "--domain-name", "droid_lerobot", *SMALL)
+EVERYWHERE = ("--checkpoint", "tiny", "--domain-name", "droid_lerobot", *SMALL)
+COMMON = (*EVERYWHERE, "--device", "cpu")  # also where there are a few GPUs
 CUP = ("--image", "observation.png", "--prompt", "robot picks up the cup")
 # name: (ranks, the flags that --out and what is common to all follow)
 COMMANDS: dict[str, tuple[int, tuple[str, ...]]] = {
