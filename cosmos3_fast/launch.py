@@ -82,6 +82,24 @@ def launch_size() -> int:
     return size
 
 
+def leave_together(timeout: float = 30.0) -> None:
+    """Return once every process of the torchrun launch has come here, at the latest after `timeout`
+    seconds; at once outside torchrun.
+
+    torchrun ends all processes as soon as one has ended with an error. One whose error the others
+    have, too, comes here first, so that they can say theirs.
+    """
+    if not dist.is_torchelastic_launched():
+        return
+    try:
+        store, _, size = next(dist.rendezvous("env://", rank=1, timeout=_seconds(timeout)))
+        if store.add("cosmos3_fast/leaving", 1) == size:
+            store.set("cosmos3_fast/left", "")
+        store.wait(["cosmos3_fast/left"], _seconds(timeout))
+    except dist.DistError:
+        return  # somebody does something else, or torchrun itself has gone: nothing to wait for
+
+
 def ranks_text(ranks: list[int]) -> str:
     """[2, 3] -> "ranks 2, 3"."""
     return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))}"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from ranks import _ENVIRONMENT, _free_port
 
 from cosmos3_fast.cli import main
 from cosmos3_fast.cli.output import write_video
+from cosmos3_fast.launch import leave_together
 from cosmos3_fast.processor import read_actions, write_actions
 from cosmos3_fast.testing import make_tiny_checkpoint
 
@@ -83,12 +86,17 @@ class Outcome:
     seconds: float
 
 
-def torchrun(ranks: int, flags: Sequence[str], folder: Path) -> subprocess.Popen[str]:
+def torchrun(
+    ranks: int,
+    flags: Sequence[str],
+    folder: Path,
+    program: Sequence[str] = ("-m", "cosmos3_fast"),
+) -> subprocess.Popen[str]:
     """The command in the background, in its own process group."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    launcher += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}", "-m", "cosmos3_fast"]
+    launcher += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}"]
     return subprocess.Popen(
-        [*launcher, "run", *flags],
+        [*launcher, *program, "run", *flags],
         cwd=folder,
         env=os.environ | _ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -207,6 +215,47 @@ def test_a_command_that_cannot_run_says_why_on_every_rank(outcomes, folder, name
     assert ended.status != 0
     assert len(said) == ranks and all(words in line for line in said), ended.output
     assert not (folder / name / ".cache" / "out_action.json").exists()
+
+
+def test_a_rank_that_is_slower_than_the_others_still_says_its_error(folder) -> None:
+    """torchrun would end it as soon as rank 0 has ended."""
+    (folder / "slow.py").write_text(
+        "import os, sys, time\n"
+        "time.sleep(4 * int(os.environ['RANK']))\n"
+        "from cosmos3_fast.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    ranks, flags, words = WRONG["2 processes for one"]
+    process = torchrun(ranks, [*flags, *COMMON], folder, ["slow.py"])
+    ended = outcome(process, time.monotonic())
+    assert ended.status != 0
+    assert ended.output.count(f"cosmos3-fast run: {words}") == ranks, ended.output
+
+
+def test_ranks_leave_together_or_when_their_patience_ends(monkeypatch) -> None:
+    port = _free_port()
+    launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
+    for name, value in (launch | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+
+    def left(timeout: float) -> float:
+        began = time.monotonic()
+        leave_together(timeout)
+        return time.monotonic() - began
+
+    assert left(30.0) < 5  # no launch: at once
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a launch")
+    left(0.5)  # its store has gone: an end, no error
+    for patience, least in ((0.5, 0.5), (30.0, 1.0)):
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        with ThreadPoolExecutor(3) as pool:
+            first = [pool.submit(left, patience) for _ in range(2)]
+            if patience > 1:
+                time.sleep(1.0)
+                assert not any(one.done() for one in first)
+                pool.submit(left, patience).result()
+            assert all(least <= one.result() < 25 for one in first)
+        del store
 
 
 def test_the_clones_root_is_no_place_where_kernels_are_found(folder) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from cosmos3_fast.cli import bench, check, demo, info, run, tiny
 from cosmos3_fast.cli.output import SaidError, say
+from cosmos3_fast.launch import leave_together
 
 COMMANDS = {
     "run": run,
@@ -34,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it worked, 2 with one line on stderr for bad input."""
+    """Run one command; 0 when it worked, 2 with one line on stderr for bad input: in a launch from
+    every process that has it, before any of them ends.
+    """
     args = parser().parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING,
@@ -42,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         COMMANDS[args.command].main(args)
+        return 0
     except SaidError:
-        return 2
+        pass  # its line is on stderr
     except (ValueError, ImportError, FloatingPointError) as error:
         say(args.command, error)
-        return 2
-    return 0
+    leave_together()
+    return 2
