@@ -50,7 +50,7 @@ _ROWS, _DIM = gl.constexpr(ROWS), gl.constexpr(DIM)
 
 @gluon.jit(do_not_specialize=["tiles", "blocks", "groups", "gen_keys", "tokens"])
 def _hopper_kernel(
-    q_desc, k_desc, v_desc, gen_k_desc, gen_v_desc, und_k_desc, und_v_desc, und_len_ptr, out_ptr,
+    q_desc, k_desc, v_desc, gen_k_desc, gen_v_desc, und_k_desc, und_v_desc, out_ptr, und_len_ptr,
     tiles, blocks, groups, gen_keys, tokens, out_batch, out_row, scale,
     GROUP: gl.constexpr, PACK: gl.constexpr, KEYS: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr,
@@ -67,9 +67,9 @@ def _hopper_kernel(
     v_bars = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], BARRIER)
     turn_bars = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
     for i in gl.static_range(CONSUMERS):
-        mbarrier.init(q_bars.index(i), count=1)
-        mbarrier.init(q_bars.index(CONSUMERS + i), count=1)
         mbarrier.init(turn_bars.index(i), count=1)
+    for i in gl.static_range(2 * CONSUMERS):
+        mbarrier.init(q_bars.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_bars.index(i), count=1)
         mbarrier.init(v_bars.index(i), count=1)
@@ -174,8 +174,8 @@ def launch_hopper(
         _descriptor(q, [1, ROWS // pack, pack, dim]),
         *(_descriptor(x, [1, tile.keys, dim]) for x in (k, v)),
         *(_descriptor(x, [1, BOX, SWIZZLE // 2]) for x in (k, v, und_k, und_v)),
-        und_len,
         out,
+        und_len,
         tiles,
         blocks,
         heads // pack,

@@ -24,9 +24,7 @@ _ROWS, _DIM, _BOX = gl.constexpr(ROWS), gl.constexpr(DIM), gl.constexpr(BOX)
 _PANEL = gl.constexpr(SWIZZLE // 2)  # columns of a message
 KEYS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(SWIZZLE, 16, 2))
 _O_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16]))
-_P_LAYOUT = gl.constexpr(
-    gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16]), 2)
-)
+_P_LAYOUT = gl.constexpr(gl.DotOperandLayout(0, _O_LAYOUT.value, 2))
 # 8 neighbouring columns of a row to a lane: a warp stores whole rows, of the 16 that it has.
 _OUT_LAYOUT = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -92,7 +90,7 @@ def produce(
         gen_k_desc, gen_v_desc, und_k_desc, und_v_desc, und_len_ptr, tiles, blocks, groups, gen_keys
     ) = shared  # fmt: skip
     count = 0  # blocks of keys so far
-    phase = 0  # of this tile's rows
+    rounds = 0  # tiles so far
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         block, group, batch, und_len, whole, gen_boxes, tails = _place(
             tile, blocks, groups, gen_keys, und_len_ptr, KEYS
@@ -108,7 +106,7 @@ def produce(
             )  # fmt: skip
             if j == 0:
                 for c in gl.static_range(CONSUMERS):
-                    mbarrier.wait(q_bars.index(CONSUMERS + c), phase ^ 1)
+                    mbarrier.wait(q_bars.index(CONSUMERS + c), (rounds & 1) ^ 1)
                     mbarrier.expect(q_bars.index(c), _ROWS * _DIM * 2)
                     at = [batch, (block * CONSUMERS + c) * (_ROWS // PACK), group * PACK, 0]
                     tma.async_copy_global_to_shared(q_desc, at, q_bars.index(c), q_smem.index(c))
@@ -118,7 +116,7 @@ def produce(
                 batch, column, j, und_len, whole, gen_boxes, tails, KEYS,
             )  # fmt: skip
             count += 1
-        phase ^= 1
+        rounds += 1  # noqa: SIM113 - Gluon has no enumerate
 
 
 @gluon.jit
@@ -132,10 +130,10 @@ def _exp2(x):
 def _mask(s, j, gen_keys, und_len, whole, gen_boxes, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
     """Scores s [ROWS, KEYS] of block j, made of boxes: -inf where a key does not count."""
     column = gl.arange(0, KEYS, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    box = j * (KEYS // _BOX) + column // _BOX
+    box, i = j * (KEYS // _BOX) + column // _BOX, column % _BOX
     first = (box - gen_boxes) * _BOX
-    und = gl.minimum(first, und_len - _BOX) + column % _BOX >= first
-    gen = whole * KEYS + box * _BOX + column % _BOX < gen_keys
+    und = gl.minimum(first, und_len - _BOX) + i >= first
+    gen = whole * KEYS + box * _BOX + i < gen_keys
     bias = gl.where(gl.where(box < gen_boxes, gen, und), 0.0, -float("inf"))
     return s + gl.expand_dims(gl.convert_layout(bias, gl.SliceLayout(0, LAYOUT)), 0)
 
@@ -152,13 +150,14 @@ def _step(
     """
     p = gl.convert_layout(s.to(v_smem.dtype), _P_LAYOUT)
     stage, before = count % STAGES, (count - 1) % STAGES
+    k, v = k_smem.index(stage).permute((1, 0)), v_smem.index(before)
     mbarrier.wait(k_bars.index(stage), (count // STAGES) & 1)
     mbarrier.wait(turn_bars.index(C), (steps & 1) ^ (1 if C == 0 else 0))
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     empty = gl.zeros([_ROWS, KEYS], gl.float32, S_LAYOUT)
-    s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), empty, use_acc=False, is_async=True)
+    s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
     mbarrier.wait(v_bars.index(before), ((count - 1) // STAGES) & 1)
-    acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+    acc = warpgroup_mma(p, v, acc, is_async=True)
     mbarrier.arrive(turn_bars.index((C + 1) % CONSUMERS))
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(k_bars.index(STAGES + stage))
@@ -175,47 +174,31 @@ def _step(
 
 
 @gluon.jit
-def _store(
-    acc, total, out_ptr, batch, block, group, tokens, out_batch, out_row,
-    PACK: gl.constexpr, C: gl.constexpr, CONSUMERS: gl.constexpr,
-):  # fmt: skip
-    """acc / total [ROWS, DIM] of consumer C to out, rows past the last token left out."""
-    total = gl.convert_layout(total, gl.SliceLayout(1, _O_LAYOUT))
-    result = (acc * gl.expand_dims(1.0 / total, 1)).to(out_ptr.dtype.element_ty)
-    result = gl.convert_layout(result, _OUT_LAYOUT)
-    row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _OUT_LAYOUT))
-    at = gl.arange(0, _DIM, layout=gl.SliceLayout(0, _OUT_LAYOUT))
-    token = (block * CONSUMERS + C) * (_ROWS // PACK) + row // PACK
-    rows = token.to(gl.int64) * out_row + (group * PACK + row % PACK) * _DIM
-    out_ptr += batch.to(gl.int64) * out_batch
-    here = out_ptr + gl.expand_dims(rows, 1) + gl.expand_dims(at, 0)
-    gl.store(here, result, mask=gl.expand_dims(token < tokens, 1))
-
-
-@gluon.jit
 def consume(
     shared, C: gl.constexpr, PACK: gl.constexpr, KEYS: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: rows [C ROWS, C ROWS + ROWS) of every tile."""
+    """One warpgroup: rows [C ROWS, C ROWS + ROWS) of every tile, those past the last token only
+    computed.
+    """
     (
         q_smem, k_smem, v_smem, q_bars, k_bars, v_bars, turn_bars, out_ptr, und_len_ptr,
         tiles, blocks, groups, gen_keys, tokens, out_batch, out_row, scale,
     ) = shared  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    q = q_smem.index(C)._reinterpret(q_smem.dtype, [_ROWS, _DIM], KEYS_LAYOUT)
     count = 0  # blocks of keys so far
     steps = 0
-    phase = 0  # of this tile's rows
+    rounds = 0  # tiles so far
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         block, group, batch, und_len, whole, gen_boxes, tails = _place(
             tile, blocks, groups, gen_keys, und_len_ptr, KEYS
         )
+        q = q_smem.index(C)._reinterpret(q_smem.dtype, [_ROWS, _DIM], KEYS_LAYOUT)
+        mbarrier.wait(q_bars.index(C), rounds & 1)
         stage = count % STAGES
-        mbarrier.wait(q_bars.index(C), phase)
+        k = k_smem.index(stage).permute((1, 0))
         mbarrier.wait(k_bars.index(stage), (count // STAGES) & 1)
         empty = gl.zeros([_ROWS, KEYS], gl.float32, S_LAYOUT)
-        k = k_smem.index(stage).permute((1, 0))
         s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_bars.index(STAGES + stage))
@@ -243,11 +226,19 @@ def consume(
         mbarrier.arrive(q_bars.index(CONSUMERS + C))
         p = gl.convert_layout(s.to(v_smem.dtype), _P_LAYOUT)
         before = (count - 1) % STAGES
+        v = v_smem.index(before)
         mbarrier.wait(v_bars.index(before), ((count - 1) // STAGES) & 1)
-        acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+        acc = warpgroup_mma(p, v, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_bars.index(STAGES + before))
-        _store(
-            acc, total, out_ptr, batch, block, group, tokens, out_batch, out_row, PACK, C, CONSUMERS
-        )
-        phase ^= 1
+        total = gl.convert_layout(total, gl.SliceLayout(1, _O_LAYOUT))
+        result = (acc * gl.expand_dims(1.0 / total, 1)).to(out_ptr.dtype.element_ty)
+        result = gl.convert_layout(result, _OUT_LAYOUT)
+        row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _OUT_LAYOUT))
+        at = gl.arange(0, _DIM, layout=gl.SliceLayout(0, _OUT_LAYOUT))
+        token = (block * CONSUMERS + C) * (_ROWS // PACK) + row // PACK
+        rows = token.to(gl.int64) * out_row + (group * PACK + row % PACK) * _DIM
+        here = out_ptr + batch.to(gl.int64) * out_batch
+        here = here + gl.expand_dims(rows, 1) + gl.expand_dims(at, 0)
+        gl.store(here, result, mask=gl.expand_dims(token < tokens, 1))
+        rounds += 1  # noqa: SIM113 - Gluon has no enumerate
