@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -240,31 +241,35 @@ def test_a_rank_that_failed_alone_stops_the_others(four) -> None:
 
 # (what happens in the middle of a request, on which rank, cfg x tp, the cause survivors give)
 SCENARIOS = {
-    "kill -9 of rank 1": ("kill", 1, (2, 2), "no sign of rank 1 for "),
+    "kill -9 of rank 1": ("kill", 1, (2, 2), r"no sign of rank 1 for \d"),
     "kill -9 of rank 0": ("kill", 0, (1, 2), "no sign of rank 0: its store"),
-    "SIGSTOP of rank 3": ("stop", 3, (2, 2), "no sign of rank 3 for "),
-    "rank 1 hangs": ("hang", 1, (2, 1), "past its deadline of 3 s: all ranks are in it"),
-    "rank 1 fails": ("fail", 1, (1, 2), "in request 2: KeyError: 'out of luck'"),
+    "SIGSTOP of rank 3": ("stop", 3, (2, 2), r"no sign of rank 3 for \d"),
+    "rank 1 hangs": ("hang", 1, (2, 1), "request 2, .* deadline of 3 s: all ranks are in it"),
+    "rank 1 fails": ("fail", 1, (1, 2), "rank 1 .* in request 2: KeyError: 'out of luck'"),
 }
+PATIENCE = 60.0  # deadline of a request that ends otherwise: the heartbeat keeps DEADLINE
 
 
 def case_trouble() -> None:
+    """At its fifth step the victim fails, or stays until it is killed, stopped or too late: the
+    others wait for it.
+    """
     what, victim = argument("what"), argument("victim")
     with build(*argument("mesh"), step_deadline_s=DEADLINE) as engine:
-        mine = engine.mesh.rank == victim
+        watchdog = engine._watchdog
+        assert watchdog is not None and watchdog.silence == watchdog.deadline == DEADLINE
+        if what != "hang":
+            watchdog.deadline = PATIENCE
 
         def on_step(index: int) -> None:
-            if index == 4:
+            if index == 4 and engine.mesh.rank == victim:
                 reached("stepping")
-                if mine and what == "hang":
-                    time.sleep(60)
-                if mine and what == "fail":
+                if what == "fail":
                     raise KeyError("out of luck")
-            time.sleep(0.05 if index > 4 else 0)
+                time.sleep(PATIENCE)
 
         engine.step(request())
         engine.step(request(num_inference_steps=50), on_step=on_step)
-        time.sleep(60)
 
 
 @pytest.fixture(scope="module")
@@ -303,4 +308,4 @@ def test_every_survivor_ends_with_the_cause(outcomes, name) -> None:
             assert text.endswith("KeyError: 'out of luck'\n")
             continue
         assert status == EXIT_STATUS, (rank, text)
-        assert SCENARIOS[name][3] in first, (rank, text)
+        assert re.match(SCENARIOS[name][3], first), (rank, text)
