@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,8 +14,10 @@ from cosmos3_fast.config import Cosmos3PolicyWNArgs, SchedulerConfig, Transforme
 from cosmos3_fast.graph import ShapeKey, StepRunner, branch_range
 from cosmos3_fast.latents import Masks, masks
 from cosmos3_fast.layers.rotary import media_positions
+from cosmos3_fast.model import Cosmos3Transformer
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.request import Cosmos3ActionRequest, Layout, layout, prompt_ids
+from cosmos3_fast.vae import WanVAE
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,19 @@ def noise(layout: Layout, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return sampler.noise(seed, shape), sampler.noise(seed, (1, layout.rows, layout.action_dim))
 
 
-def require_finite(result: dict[str, torch.Tensor]) -> None:
-    """FloatingPointError naming what holds a NaN or an infinity. The one wait for the device in a
-    request.
+def require_in_time(mesh: Mesh, parts: Iterable[Cosmos3Transformer | WanVAE | None]) -> None:
+    """TimeoutError on every rank when a kernel of any rank gave up waiting for another one: what
+    that rank got wrong may be in all results. Waits for the device.
     """
+    found = [part.failure() for part in parts if part is not None]
+    late = next((text for text in found if text), None)
+    first = next((text for text in mesh.gather_objects(late) if text), None)
+    if first:
+        raise TimeoutError(first)
+
+
+def require_finite(result: dict[str, torch.Tensor]) -> None:
+    """FloatingPointError naming what holds a NaN or an infinity. Waits for the device."""
     flags = torch.stack([torch.isfinite(tensor).all() for tensor in result.values()]).tolist()
     bad = [name for name, finite in zip(result, flags, strict=True) if not finite]
     if bad:

@@ -36,7 +36,6 @@ Noise = Future[tuple[np.ndarray, np.ndarray]]  # of video and action
 Und = tuple[torch.Tensor, torch.Tensor]  # keys and values of a prompt
 MAX_ENCODERS = 4  # captured encoder shapes kept
 MAX_DECODERS = 64  # decoded shapes remembered: cuDNN keeps what its search found
-PREPARE_S = 600.0  # deadline of a request that must compile, capture or search first
 
 
 class Engine:
@@ -243,7 +242,7 @@ class Engine:
         assert self._watchdog is not None
         plan, noise, prepared = self._agree(request)
         self._requests += 1
-        deadline = None if prepared else PREPARE_S
+        deadline = None if prepared else startup.PREPARE_S
         try:
             with torch.no_grad(), self._here(), self._watchdog.step(self._requests, deadline):
                 return self._run(request, plan, noise, on_step, self._watchdog.note)
@@ -348,9 +347,7 @@ class Engine:
             result["pixels"] = self.vae.decode(video)
             stages.mark("decode")
         note(f"after step {plan.schedule.steps} of {plan.schedule.steps}, waiting for the device")
-        late = self.model.failure() or (self.vae.failure() if self.vae is not None else None)
-        if late:
-            raise TimeoutError(late)
+        denoise.require_in_time(self.mesh, (self.model, self.vae))
         denoise.require_finite(result | {"state": state})
         if self.args.plugin_args.decode_video:
             self._decoders.get(_decoder_key(plan.layout), lambda: True)

@@ -241,7 +241,7 @@ def _check_video(
     request: Cosmos3ActionRequest, config: TransformerConfig, has_encoder: bool
 ) -> None:
     chunk = request.action_chunk
-    shape = () if request.video_shape is None else tuple(request.video_shape)
+    shape = _tuple(request.video_shape)
     if not _is_int(chunk) or chunk < 1 or (chunk % 4 and chunk != 1):
         raise ValueError(f"action_chunk must be 1 or a multiple of 4, got {chunk}")
     if len(shape) != 3 or not all(_is_int(s) and s >= 1 for s in shape):
@@ -364,7 +364,16 @@ def _is_interval(value: Any) -> bool:
         low, high = value
     except (TypeError, ValueError):
         return False
-    return isinstance(low, Real) and isinstance(high, Real) and bool(low < high)
+    numbers = all(isinstance(x, Real) and not isinstance(x, bool) for x in (low, high))
+    return numbers and bool(low < high)
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    """Its items; of what has none, itself alone."""
+    try:
+        return () if value is None else tuple(value)
+    except TypeError:
+        return (value,)
 
 
 def _shape(tensor: torch.Tensor) -> list[int]:

@@ -30,6 +30,7 @@ from cosmos3_fast.request import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from cosmos3_fast.vae import WanVAE
 
 log = logging.getLogger(__name__)
+PREPARE_S = 600.0  # deadline of a request that must compile, capture or search first
 # What the attention kernels take: powers of two, of which 256 would need more shared memory than a
 # block has on sm_90 (262144 bytes of 232448).
 GPU_HEAD_DIMS = (16, 32, 64, 128)
@@ -151,7 +152,8 @@ def build(
     """
     runtime, vae = args.config.runtime, None
     place: dict[str, Any] = {"device": mesh.device, "dtype": args.config.device.params_dtype}
-    deadline = runtime.step_deadline_s
+    # Graphs keep it. The watchdog ends a request that is past its own deadline before.
+    deadline = max(runtime.step_deadline_s, PREPARE_S)
     model = Cosmos3Transformer(checkpoint.transformer, mesh, deadline=deadline, **place)
     parts: list[tuple[str, Cosmos3Transformer | WanVAE]] = [("transformer", model)]
     if checkpoint.vae is not None:

@@ -265,10 +265,11 @@ def gate_up_silu_fused(
 def gate_up_silu_pair(
     x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`gate_up_silu` by torch.mm and `silu_mul`; any dtype, M <= 65535."""
+    """`gate_up_silu` by torch.mm and `silu_mul`; any dtype."""
     return silu_mul(torch.mm(x, weight.t()), out=out)
 
 
+@functools.lru_cache(4096)
 def choice(rows: int, inner: int) -> str:
     """ "fused" or "pair": the row of GATE_UP_CHOICE nearest to (rows, I) in log scale."""
     here = [math.log(rows), math.log(inner)]

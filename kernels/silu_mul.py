@@ -16,9 +16,11 @@ TILES = {2: (1024, 4), 4: (2048, 8)}
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, in_stride, out_stride, width, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _silu_mul_kernel(
+    gate_up_ptr, out_ptr, in_stride, out_stride, width, blocks, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     gate_up_ptr += row * in_stride
     gate = tl.load(gate_up_ptr + columns, mask=inside, other=0.0)
@@ -35,22 +37,24 @@ def silu_mul(
     out: torch.Tensor | None = None,
     tile: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """gate_up [M, 2 I] -> [M, I] of the same dtype; rows may be strided. M <= 65535."""
+    """gate_up [M, 2 I] -> [M, I] of the same dtype; rows may be strided."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((rows, width)) if out is None else out
-    assert gate_up.shape[1] == 2 * width and rows <= 65535, gate_up.shape
+    assert gate_up.shape[1] == 2 * width, gate_up.shape
     assert out.shape == (rows, width), (out.shape, gate_up.shape)
     assert out.dtype == gate_up.dtype and out.device == gate_up.device, (out.dtype, out.device)
     assert gate_up.stride(1) == 1 and out.stride(1) == 1, (gate_up.stride(), out.stride())
     block, warps = tile or TILES[gate_up.element_size()]
     block = min(block, triton.next_power_of_2(width))
+    blocks = triton.cdiv(width, block)
     if rows:
-        _silu_mul_kernel[(triton.cdiv(width, block), rows)](
+        _silu_mul_kernel[(blocks * rows,)](
             gate_up,
             out,
             gate_up.stride(0),
             out.stride(0),
             width,
+            blocks,
             BLOCK=block,
             num_warps=warps,
         )

@@ -17,7 +17,7 @@ from test_engine_ranks import parallel_args
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cosmos3_fast import DeviceConfig, Engine
-from cosmos3_fast.engine import PREPARE_S
+from cosmos3_fast.startup import PREPARE_S
 from cosmos3_fast.testing import fill_random, make_tiny_checkpoint
 
 AGAIN = "this engine is in another call; it runs one at a time"
@@ -177,6 +177,24 @@ def test_ranks_get_one_deadline(tmp_path):
     folder = str(make_tiny_checkpoint(tmp_path))
     for got in run_cases(2, [case_decoders], arguments={"folder": folder})["case_decoders"]:
         assert got["found"] == [PREPARE_S, None, PREPARE_S, None]
+
+
+def case_late() -> dict[str, Any]:
+    """A kernel of rank 1 gave up waiting: no rank may return what it then computed."""
+    with Engine(parallel_args(argument("folder"), 1, 2)) as engine:
+        if engine.mesh.rank == 1:
+            engine.model.failure = lambda: "rank 1: rank 0 did not come"
+        try:
+            engine.step(request())
+        except TimeoutError as error:
+            return {"said": str(error)}
+        return {"said": "nothing"}
+
+
+def test_a_late_neighbour_is_every_ranks_error(tmp_path):
+    folder = str(make_tiny_checkpoint(tmp_path))
+    for got in run_cases(2, [case_late], arguments={"folder": folder})["case_late"]:
+        assert got["said"] == "rank 1: rank 0 did not come"
 
 
 def test_the_watchdog_is_told_the_step():

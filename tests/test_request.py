@@ -185,6 +185,8 @@ BAD = {
     "flat state": ({"clean_action": noise(1, 10)}, r"clean_action must be \[1, r, 10\]"),
     "nan state": ({"clean_action": torch.full((1, 1, 10), NAN)}, "clean_action holds values that"),
     "half a frame": ({"cond_frame_indexes": (0.5,)}, r"must be integers, got \(0.5,\)"),
+    "a number for a shape": ({"video_shape": 3}, r"three positive integers .* got \(3,\)"),
+    "interval of truths": ({"guidance_interval": (False, True)}, r"got \(False, True\)"),
     "no shape": ({"video_shape": None}, r"three positive integers .* got \(\)"),
     "huge fps": ({"fps": 10**400}, "fps must be positive and finite, got 1000"),
     "inf guidance": ({"guidance_scale": float("inf")}, "guidance_scale must be finite, got inf"),
