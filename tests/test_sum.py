@@ -122,12 +122,14 @@ def test_a_norm_of_known_values():
 
 
 def test_the_sum_rounds_once():
-    """1 + 2^-9 + 2^-9 is 1.00390625 in bfloat16 plus half a place; apart each summand is lost."""
-    ranks = Ranks(2, 2, 8)
-    small, one = torch.full((2, 8), 2.0**-8), torch.ones(2, 8)
-    parts = [small.bfloat16(), small.bfloat16()]
-    held, _ = summed(ranks, parts, one.bfloat16(), torch.ones(8).bfloat16())
+    """1 + 2^-8 + 2^-8 is a bfloat16 number; rounded before the residual is added, 1 + 2^-8 is 1 and
+    stays it.
+    """
+    ranks, ones = Ranks(2, 2, 8), torch.ones(2, 8).bfloat16()
+    parts, residual, weight = [ones, ones * 2**-8], ones * 2**-8, torch.ones(8).bfloat16()
+    held, _ = summed(ranks, parts, residual, weight)
     assert held[0][0].unique().item() == 1 + 2**-7
+    assert apart(parts, residual, weight)[0].unique().item() == 1
 
 
 @on_devices
