@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from cosmos3_fast.parallel import Mesh
+    from cosmos3_fast.parallel import Mesh, Symmetric
 
 __all__ = ["RowSums", "SumMemory"]
 
@@ -89,15 +90,25 @@ class SumMemory:
 
 
 class RowSums:
-    """The memory of a model's sums: one `SumMemory` for a power of two of rows and a row's size.
+    """The memory of a model's sums, shared by the row counts up to a power of two.
 
-    Where ranks cannot see each other's memory, or the mesh is told to use NCCL, it is ordinary
-    memory, and sums are all-reduces.
+    A sum that one kernel makes has a `SumMemory`; one that is an all-reduce has peer memory for the
+    part alone. Where ranks cannot see each other's memory, or the mesh is told to use NCCL, it is
+    ordinary memory. All of it follows from what is equal on all ranks.
     """
 
     def __init__(self, mesh: Mesh, *, deadline: float = 30.0) -> None:
         self.mesh, self.deadline = mesh, deadline
-        self._memory: dict[tuple[int, int, torch.dtype], SumMemory] = {}
+        self._fused: dict[tuple[int, int, torch.dtype], SumMemory] = {}
+        self._parts: dict[tuple[int, int, torch.dtype], Symmetric] = {}
+
+    @property
+    def fused_bytes(self) -> int:
+        """Largest sum in bytes that one kernel makes; 0 where none does."""
+        if not self._peers:
+            return 0
+        always = self.mesh.collective == "symmetric"
+        return sys.maxsize if always else FUSED_BYTES.get(self.mesh.tp_size, 0)
 
     def part(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """[rows, columns] to compute this rank's product into, for the next sum of that shape.
@@ -105,39 +116,49 @@ class RowSums:
         Given out again by the next call of about that size: the sum must have been made, in stream
         order, before. The first such call is a collective outside a capture.
         """
-        memory = self.memory(rows, columns, dtype)
-        return self._plain(rows, columns, dtype) if memory is None else memory.part[:rows]
+        memory = self.fused(rows, columns, dtype)
+        if memory is not None:
+            return memory.part[:rows]
+        if not self._peers:
+            return self._plain(rows, columns, dtype)
+        key = _capacity(rows), columns, dtype
+        if key not in self._parts:
+            self._parts[key] = self.mesh.symmetric(key[:2], dtype, "tp")
+        return self._parts[key].tensor[:rows]
 
     def residual(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """[rows, columns] for a residual that a sum may complete on every rank; as `part`."""
-        memory = self.memory(rows, columns, dtype)
+        memory = self.fused(rows, columns, dtype)
         return self._plain(rows, columns, dtype) if memory is None else memory.residual[:rows]
-
-    def memory(self, rows: int, columns: int, dtype: torch.dtype) -> SumMemory | None:
-        """The ranks' memory for sums of that shape; None where they have none in common."""
-        mesh = self.mesh
-        if mesh.tp_size == 1 or mesh.device.type != "cuda" or mesh.collective == "nccl":
-            return None
-        capacity = 1 << (rows - 1).bit_length()  # prompts of any length share a few
-        key = capacity, columns, dtype
-        if key not in self._memory:
-            self._memory[key] = SumMemory(mesh, capacity, columns, dtype, self.deadline)
-        return self._memory[key]
 
     def fused(self, rows: int, columns: int, dtype: torch.dtype) -> SumMemory | None:
         """The memory for one kernel that sums, adds and normalises, None where the parts are faster
-        or it does not fit. Follows from what is equal on all ranks.
+        or it does not fit; as `part`.
         """
-        row_bytes, mesh = columns * dtype.itemsize, self.mesh
-        limit = FUSED_BYTES.get(mesh.tp_size, 0)
-        wanted = mesh.collective == "symmetric" or rows * row_bytes <= limit
+        row_bytes = columns * dtype.itemsize
         fits = dtype in _DTYPES and row_bytes % 16 == 0 and row_bytes <= _MOST_ROW_BYTES
-        return self.memory(rows, columns, dtype) if wanted and fits else None
+        if not fits or rows * row_bytes > self.fused_bytes:
+            return None
+        key = _capacity(rows), columns, dtype
+        if key not in self._fused:
+            self._fused[key] = SumMemory(self.mesh, *key, self.deadline)
+        return self._fused[key]
 
     def failure(self) -> str | None:
         """Which ranks a sum did not see before its deadline, None if all; see `SumMemory`."""
-        found = [memory.failure() for memory in self._memory.values()]
+        found = [memory.failure() for memory in self._fused.values()]
         return next((text for text in found if text), None)
+
+    @property
+    def _peers(self) -> bool:
+        """Whether ranks address each other's memory."""
+        mesh = self.mesh
+        return mesh.tp_size > 1 and mesh.device.type == "cuda" and mesh.collective != "nccl"
 
     def _plain(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(rows, columns, dtype=dtype, device=self.mesh.device)
+
+
+def _capacity(rows: int) -> int:
+    """The power of two that holds them: prompts of any length share a few memories."""
+    return 1 << (rows - 1).bit_length()

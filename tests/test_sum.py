@@ -22,8 +22,8 @@ from sum_cases import EPS, Ranks, apart, error, inputs, share, truth
 from cosmos3_fast import _C, ops, parallel_sum
 from cosmos3_fast.config import ParallelConfig
 from cosmos3_fast.ops.sum_norm import sum_add_rms_norm
-from cosmos3_fast.parallel import Mesh
-from cosmos3_fast.parallel_sum import RowSums
+from cosmos3_fast.parallel import Mesh, Symmetric
+from cosmos3_fast.parallel_sum import RowSums, SumMemory
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHAPES = [(1, 8), (3, 64), (63, 1000), (10, 4096)]
@@ -308,6 +308,33 @@ def test_the_choice_follows_from_sizes_and_the_mesh(monkeypatch):
     assert not fused(8, 4095) and not fused(1, 16392) and not fused(8, 64, torch.float64)
     assert not fused(8, 4096, size=1, collective="symmetric")
     assert [given[1] for given in made] == [128, 4096, 8]
+
+
+def test_only_a_fused_sum_has_memory_for_all_three(monkeypatch):
+    """A limit between two row counts of one capacity."""
+    mesh, made = Mesh(torch.device("cpu"), tp_size=2), []
+
+    def symmetric(shape, dtype, axis):
+        made.append(shape[0] // 64 * 64)  # without the rows of flags
+        return Symmetric(torch.zeros(shape, dtype=dtype), (0, 0), axis)
+
+    class Read(SumMemory):
+        def failure(self):
+            return f"read {self.part.shape[0]}"
+
+    monkeypatch.setattr(mesh, "symmetric", symmetric)
+    monkeypatch.setattr(RowSums, "_peers", True)
+    monkeypatch.setattr(parallel_sum, "FUSED_BYTES", {2: 100 * 8192})
+    monkeypatch.setattr(parallel_sum, "SumMemory", Read)
+    sums, wide = RowSums(mesh), (4096, torch.bfloat16)
+    for rows in (101, 128):
+        assert sums.fused(rows, *wide) is None
+        assert sums.part(rows, *wide).shape == sums.residual(rows, *wide).shape == (rows, 4096)
+    assert made == [128] and sums.failure() is None
+    part, residual, memory = sums.part(100, *wide), sums.residual(70, *wide), sums.fused(65, *wide)
+    assert made == [128, 3 * 128] and sums.failure() == "read 128"
+    assert part.data_ptr() == memory.part.data_ptr() != sums.part(101, *wide).data_ptr()
+    assert residual.data_ptr() == memory.residual.data_ptr()
 
 
 def _launch(count: int) -> None:
