@@ -18,19 +18,17 @@ import triton
 import triton.language as tl
 
 from .attention_hopper import HopperTile, launch_hopper, takes
-from .causal_attention import causal_attention
-from .online_softmax import Tile, check_heads, check_und, descriptor, is_flat, log2_scale, over_keys
+from .online_softmax import Tile, check_heads, descriptor, is_flat, log2_scale, over_keys
 
 __all__ = [
     "attention",
     "attention_hopper",
     "attention_triton",
-    "causal_attention",
 ]
 
 
 # By bytes of an element. 64 x 64 with 4 warps and 3 stages, keys by TMA, is the fastest or within a
-# percent of it at every row below (H200). float32 runs on FMA units: a larger block spills.
+# percent of it at the sizes of D, E and S (H200). float32 runs on FMA units: a larger block spills.
 TILES = {2: Tile(64, 64, 4, 3, tma=True), 4: Tile(16, 32, 8, 1)}
 
 
@@ -73,10 +71,15 @@ def _attention_kernel(
 
 
 def _check(q, k, v, und_k, und_v, und_len, out) -> None:
-    check_und(q, und_k, und_v, und_len, out)
     check_heads(q, k, v)
+    check_heads(q, und_k, und_v, out)
     assert k.shape == v.shape and k.shape[::2] == und_k.shape[::2], (k.shape, v.shape, und_k.shape)
     assert k.shape[1] >= 1, k.shape
+    batch, _, heads, _ = q.shape
+    assert und_k.shape == und_v.shape and und_k.shape[0] == batch, (q.shape, und_k.shape)
+    assert heads % und_k.shape[2] == 0 and out.shape == q.shape, (q.shape, und_k.shape, out.shape)
+    assert und_len.shape == (batch,) and und_len.is_contiguous(), und_len.shape
+    assert und_len.dtype == torch.int32 and und_len.device == q.device, und_len.dtype
 
 
 def attention_triton(

@@ -16,7 +16,6 @@ Source: FlashAttention-3 (Shah et al. 2024).
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .gpu import is_hopper, processors
 from .hopper_roles import BOX, DIM, KEYS_LAYOUT, ROWS, SWIZZLE, consume, produce
 from .online_softmax import log2_scale
 
@@ -107,16 +107,6 @@ def _hopper_kernel(
         )
 
 
-@functools.cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _is_hopper(device: int) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
 def takes(q: torch.Tensor, *keys: torch.Tensor) -> bool:
     """Whether the kernel can run: a Hopper GPU, 2-byte dtype, head_dim 128, what TMA can read."""
 
@@ -124,7 +114,7 @@ def takes(q: torch.Tensor, *keys: torch.Tensor) -> bool:
         return all(n % 16 == 0 for n in (x.data_ptr(), *(2 * s for s in x.stride()[:3])))
 
     fits = q.is_cuda and q.element_size() == 2 and q.shape[3] == DIM
-    return fits and _is_hopper(q.device.index) and all(map(aligned, (q, *keys)))
+    return fits and is_hopper(q.device.index) and all(map(aligned, (q, *keys)))
 
 
 def packed(group: int) -> int:
@@ -132,12 +122,12 @@ def packed(group: int) -> int:
     return group if ROWS % group == 0 else 1
 
 
-def tile_for(tokens: int, heads: int, group: int, processors: int) -> HopperTile:
+def tile_for(tokens: int, heads: int, group: int, programs: int) -> HopperTile:
     """The tile whose longest program has the fewest rows; heads are counted over the batch."""
 
     def longest(tile: HopperTile) -> int:
         rows, pack = tile.consumers * ROWS, packed(group)
-        return triton.cdiv(triton.cdiv(tokens * pack, rows) * (heads // pack), processors) * rows
+        return triton.cdiv(triton.cdiv(tokens * pack, rows) * (heads // pack), programs) * rows
 
     return min(TILES, key=longest)
 
@@ -165,12 +155,12 @@ def launch_hopper(
         return
     if not und_k.shape[1]:  # TMA has no empty tensors; none of its keys is read
         und_k, und_v = k, v
-    processors, pack = _processors(q.device.index), packed(group)
-    tile = tile or tile_for(tokens, batch * heads, group, processors)
+    programs, pack = processors(q.device.index), packed(group)
+    tile = tile or tile_for(tokens, batch * heads, group, programs)
     blocks = triton.cdiv(tokens * pack, tile.consumers * ROWS)
     tiles = blocks * (heads // pack) * batch
     k, v, und_k, und_v = (x.flatten(2) for x in (k, v, und_k, und_v))
-    _hopper_kernel[(min(tiles, processors),)](
+    _hopper_kernel[(min(tiles, programs),)](
         _descriptor(q, [1, ROWS // pack, pack, dim]),
         *(_descriptor(x, [1, tile.keys, dim]) for x in (k, v)),
         *(_descriptor(x, [1, BOX, SWIZZLE // 2]) for x in (k, v, und_k, und_v)),

@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .gpu import is_hopper, processors
 from .silu_mul import silu_mul
 
 # Rows of a tile (two warpgroups), results of one in a row, depth of a stage, stages: 224 KiB.
@@ -210,13 +211,6 @@ def _descriptor(x: torch.Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block), _layout(*block))
 
 
-@functools.cache
-def _device(index: int) -> tuple[int, int]:
-    """(major compute capability, multiprocessors) of a GPU."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.major, properties.multi_processor_count
-
-
 def _readable(x: torch.Tensor) -> bool:
     """Whether TMA takes a matrix: packed rows that begin at multiples of 16 bytes."""
     aligned = (x.data_ptr() | x.stride(0) * x.element_size()) % 16 == 0
@@ -242,7 +236,7 @@ def gate_up_silu_fused(
     assert x.dtype == torch.bfloat16 and weight.is_contiguous(), (x.dtype, weight.stride())
     assert all(map(_readable, (x, weight, out))), (x.stride(), weight.stride(), out.stride())
     m_tiles, n_tiles = triton.cdiv(rows, ROWS), triton.cdiv(inner, COLUMNS)
-    turns = triton.cdiv(m_tiles * n_tiles, _device(x.device.index)[1])
+    turns = triton.cdiv(m_tiles * n_tiles, processors(x.device.index))
     _gate_up_silu_kernel[(triton.cdiv(m_tiles * n_tiles, turns),)](
         _descriptor(x, ROWS, DEPTH),
         _descriptor(weight.view(2, inner, depth), 2, COLUMNS, DEPTH),
@@ -279,7 +273,7 @@ def choice(rows: int, inner: int) -> str:
 
 def is_fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `gate_up_silu` is one launch for these: by GPU, dtype and the table's nearest row."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cuda" or _device(x.device.index)[0] != 9:
+    if x.dtype != torch.bfloat16 or x.device.type != "cuda" or not is_hopper(x.device.index):
         return False
     inner = weight.shape[0] // 2
     if not (_readable(x) and _readable(weight) and weight.is_contiguous() and inner % 8 == 0):

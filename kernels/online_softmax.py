@@ -129,13 +129,3 @@ def check_heads(q: torch.Tensor, *others: torch.Tensor) -> None:
         assert x.ndim == q.ndim and x.shape[-1] == dim, (x.shape, q.shape)
         assert x.stride(-1) == 1 and (x.stride(-2) == dim or x.shape[-2] == 1), x.stride()
         assert x.dtype == q.dtype and x.device == q.device, (x.dtype, q.dtype, x.device, q.device)
-
-
-def check_und(q, und_k, und_v, und_len, out) -> None:
-    """q and out [B, M, Hq, D] agree with und_k, und_v [B, C, Hk, D] and und_len [B] int32."""
-    check_heads(q, und_k, und_v, out)
-    batch, _, heads, _ = q.shape
-    assert und_k.shape == und_v.shape and und_k.shape[0] == batch, (q.shape, und_k.shape)
-    assert heads % und_k.shape[2] == 0 and out.shape == q.shape, (q.shape, und_k.shape, out.shape)
-    assert und_len.shape == (batch,) and und_len.is_contiguous(), und_len.shape
-    assert und_len.dtype == torch.int32 and und_len.device == q.device, und_len.dtype

@@ -285,7 +285,7 @@ def test_causal_attention(tokens, queries, kv, dim, dtype):
     k, v = random(2, tokens, 2 * kv, dim, dtype=dtype, seed=1)[:, :, :kv].unbind()
     guarded = Guarded()
     out = guarded(*q.shape, dtype=dtype, gap=8)
-    assert kernel("attention").causal_attention(q, k, v, out=out) is out
+    assert kernel("causal_attention").causal_attention(q, k, v, out=out) is out
     truth = reference.causal_attention(*double(q, k, v))
     eager = reference.causal_attention(q, k, v)
     assert_close(out, eager, truth)
@@ -315,7 +315,9 @@ def test_attention_refuses_what_it_would_read_wrongly():
     attention = kernel("attention")
     q, k, v, und_k, und_v, und_len = attention_inputs(1, 3, 4, 2, [1], 4, 2, 16, F32)
     with pytest.raises(AssertionError, match="head_dim 8"):
-        attention.causal_attention(q[0, ..., :8], k[0, :3, ..., :8], v[0, :3, ..., :8])
+        kernel("causal_attention").causal_attention(
+            q[0, ..., :8], k[0, :3, ..., :8], v[0, :3, ..., :8]
+        )
     with pytest.raises(AssertionError):
         attention.attention_triton(q, k, v.transpose(1, 2), und_k, und_v, und_len)
     with pytest.raises(AssertionError):
