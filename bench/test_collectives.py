@@ -1,9 +1,9 @@
 """All-reduce and all-gather over the GPUs of a host, in a captured graph; the host's agreement.
 
-Each all-reduce kernel (NCCL, two-shot, one-shot) is compared with the sum in float64 first, then
-timed as a graph of calls: microseconds a call on the slowest rank, and the ratio to NCCL in the
-same launch. What `parallel.TWO_SHOT_BYTES` and `ONE_SHOT_BYTES` should say is read off this table.
-Without GPUs only the agreement over CPU ranks is timed.
+Each all-reduce kernel (NCCL, two-shot) is compared with the sum in float64 first, then timed as a
+graph of calls: microseconds a call on the slowest rank, and the ratio to NCCL in the same launch.
+What `parallel.TWO_SHOT_BYTES` should say is read off this table. Without GPUs only the agreement
+over CPU ranks is timed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ def _graph_microseconds(mesh: Mesh, call: Any) -> float:
 
 def case_collectives() -> dict[str, Any]:
     mesh = _mesh("cuda")
-    name = mesh.group("tp").group_name
     got: dict[str, Any] = {}
     for label, nbytes in SIZES.items():
         memory = mesh.symmetric((nbytes // 2,), torch.bfloat16).tensor
@@ -66,26 +65,19 @@ def case_collectives() -> dict[str, Any]:
             device="cuda",
         ).bfloat16()
         truth = mesh.all_gather(values).double().sum(0)
-        out, plain = torch.empty_like(values), values.clone()
+        plain = values.clone()
         kernels = {
-            "nccl": (plain, plain, lambda x=plain: torch.distributed.all_reduce(x)),
-            "two_shot": (memory, memory, lambda x=memory: mesh.all_reduce(x)),
-            "one_shot": (
-                memory,
-                out,
-                lambda x=memory, y=out: torch.ops.symm_mem.one_shot_all_reduce_out(
-                    x, "sum", name, y
-                ),
-            ),
+            "nccl": (plain, lambda x=plain: torch.distributed.all_reduce(x)),
+            "two_shot": (memory, lambda x=memory: mesh.all_reduce(x)),
         }
-        for kernel, (source, result, call) in kernels.items():
-            source.copy_(values)
+        for kernel, (x, call) in kernels.items():
+            x.copy_(values)
             torch.cuda.synchronize()
             mesh.barrier()
             call()
-            error = (result.double() - truth).abs().max().item() / truth.abs().max().item()
+            error = (x.double() - truth).abs().max().item() / truth.abs().max().item()
             assert error < 2**-7, f"{kernel} {label}: relative error {error}"
-            source.zero_()
+            x.zero_()
             got[f"{kernel} {label}"] = _graph_microseconds(mesh, call)
         into = values.new_empty(mesh.tp_size, nbytes // 2)
         got[f"gather {label}"] = _graph_microseconds(
@@ -121,7 +113,7 @@ def test_collectives(benchmark, size) -> None:
         k: max(got[k] for got in ranks["case_collectives"]) for k in ranks["case_collectives"][0]
     }
     for label in SIZES:
-        for kernel in ("nccl", "two_shot", "one_shot", "gather"):
+        for kernel in ("nccl", "two_shot", "gather"):
             micros = slowest[f"{kernel} {label}"]
             ratio = slowest[f"nccl {label}"] / micros
             benchmark.extra_info[f"{kernel} {label}"] = round(micros, 1)

@@ -29,9 +29,6 @@ COLLECTIVES = ("auto", "nccl", "symmetric")
 # (4); 3.2 MB 18 against 33, 25 against 36; 0.25 MB 8 against 11, 10 against 15. Sizes without a
 # row: NCCL.
 TWO_SHOT_BYTES = {2: 32 << 20, 4: 24 << 20}
-# One-shot reads every peer's whole buffer, so its traffic grows with the group: only small
-# messages.
-ONE_SHOT_BYTES = {2: 256 << 10, 4: 128 << 10}
 
 
 @dataclass(frozen=True)
@@ -124,26 +121,20 @@ class Mesh:
         """torch's group of an axis; None at size 1."""
         return self._groups.get(axis)
 
-    def all_reduce(
-        self, x: torch.Tensor, axis: str = "tp", *, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Sum over the axis, in x; or in `out` (same shape, other memory) leaving x undefined.
+    def all_reduce(self, x: torch.Tensor, axis: str = "tp") -> torch.Tensor:
+        """Sum over the axis, in x, which is returned.
 
-        Memory from `symmetric(…, axis)` is reduced by torch's one-shot (only with `out`) or
-        two-shot kernel where the table says so; use the returned tensor.
+        Memory from `symmetric(…, axis)` is reduced by torch's two-shot kernel where the table says
+        so.
         """
         group = self._groups.get(axis)
         if group is None:
-            return x if out is None else out.copy_(x)
-        kernel = self._symmetric_kernel(x, axis, out is not None)
-        if kernel == "one_shot":
-            torch.ops.symm_mem.one_shot_all_reduce_out(x, "sum", group.group_name, out)
-            return out  # type: ignore[return-value]
-        if kernel == "two_shot":
+            return x
+        if self._two_shot(x, axis):
             torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", group.group_name)
         else:
             dist.all_reduce(x, group=group)
-        return x if out is None else out.copy_(x)
+        return x
 
     def all_gather(
         self, x: torch.Tensor, axis: str = "tp", *, out: torch.Tensor | None = None
@@ -271,18 +262,15 @@ class Mesh:
         self.exchange_edges(edge, edge)
         torch.cuda.synchronize(self.device)
 
-    def _symmetric_kernel(self, x: torch.Tensor, axis: str, has_out: bool) -> str | None:
-        """Which symmetric-memory kernel reduces x, from data equal on all ranks of the axis."""
+    def _two_shot(self, x: torch.Tensor, axis: str) -> bool:
+        """Whether symmetric memory's kernel reduces x, from data equal on all ranks of the axis."""
         if self.collective == "nccl" or not self._registered:
-            return None
+            return False
         part = self._registered.get(x.untyped_storage().data_ptr())
         if part is None or part.axis != axis:
-            return None
-        size, nbytes = self.size(axis), x.numel() * x.element_size()
-        if has_out and nbytes <= ONE_SHOT_BYTES.get(size, 0):
-            return "one_shot"
-        limit = TWO_SHOT_BYTES.get(size, 0)
-        return "two_shot" if self.collective == "symmetric" or nbytes <= limit else None
+            return False
+        limit = TWO_SHOT_BYTES.get(self.size(axis), 0)
+        return self.collective == "symmetric" or x.numel() * x.element_size() <= limit
 
 
 def _with_index(device: torch.device, index: int | None) -> torch.device:

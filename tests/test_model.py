@@ -211,7 +211,7 @@ class Together(Mesh):
         self.tp_rank = rank
         self.board, self.wait = board, barrier.wait
 
-    def all_reduce(self, x, axis="tp", *, out=None):
+    def all_reduce(self, x, axis="tp"):
         self.board[self.tp_rank] = x.clone()
         self.wait()
         total = sum(self.board[1:], start=self.board[0])
