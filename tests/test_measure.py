@@ -14,6 +14,7 @@ from cosmos3_fast import Engine, denoise, ops
 from cosmos3_fast.cli import main
 from cosmos3_fast.cli.bench import table
 from cosmos3_fast.config import TransformerConfig
+from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.testing import gate
 from cosmos3_fast.testing.machine import folder_name, machine
 from cosmos3_fast.testing.measure import Times, configured, gemm_rate, growth, measure, memory_mib
@@ -46,6 +47,21 @@ def test_flop_of_products_are_those_that_run(engine, kind):
     assert counter.get_total_flops() == parts.shape.product_flop(engine.model.config)
     parts.attentions()
     parts.close()
+
+
+def test_products_need_no_norm_between_them(engine, monkeypatch):
+    """Over several ranks a product's sum is left to the norm after it, of which there is none."""
+    made = SMALL["E"].request(0)
+    parts = StepParts(engine.model, engine.checkpoint, made, engine.args.plugin_args)
+    monkeypatch.setattr(engine.model.sums, "mesh", Mesh(engine.device, tp_size=2))
+    parts.products()
+    parts.close()
+
+
+def test_parts_of_several_ranks_are_refused(engine, monkeypatch):
+    monkeypatch.setattr(engine.model, "mesh", Mesh(engine.device, tp_size=2))
+    with pytest.raises(ValueError, match="on one rank"):
+        StepParts(engine.model, engine.checkpoint, SMALL["E"].request(0), engine.args.plugin_args)
 
 
 def test_flop_of_d_at_nano_size():

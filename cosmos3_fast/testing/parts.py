@@ -137,11 +137,11 @@ class StepParts:
         model.proj_in(self._patches)
         for index, layer in enumerate(model.gen):
             rows = shape.branches * (shape.tokens if index + 1 < layers else shape.noisy)
-            residual, x = Residual(self._residual[:rows], model.sums), self._x[:rows]
+            residual, x = self._residual[:rows], self._x[:rows]
             layer.attention.qkv(self._x)
-            layer.attention.out.add_to(residual, self._attended[:rows])
+            layer.attention.out.add_to(Residual(residual, model.sums), self._attended[:rows])
             self._gate_up(layer.mlp.gate_up, x)
-            layer.mlp.down.add_to(residual, self._inner[:rows])
+            layer.mlp.down.add_to(Residual(residual, model.sums), self._inner[:rows])
         if shape.noisy_video:
             model.proj_out(self._x[: shape.branches * shape.noisy_video])
 
