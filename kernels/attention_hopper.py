@@ -108,12 +108,12 @@ def _hopper_kernel(
 
 
 def takes(q: torch.Tensor, *keys: torch.Tensor) -> bool:
-    """Whether the kernel can run: a Hopper GPU, 2-byte dtype, head_dim 128, what TMA can read."""
+    """Whether the kernel can run: a Hopper GPU, bfloat16, head_dim 128, what TMA can read."""
 
     def aligned(x: torch.Tensor) -> bool:
         return all(n % 16 == 0 for n in (x.data_ptr(), *(2 * s for s in x.stride()[:3])))
 
-    fits = q.is_cuda and q.element_size() == 2 and q.shape[3] == DIM
+    fits = q.is_cuda and q.dtype == torch.bfloat16 and q.shape[3] == DIM
     return fits and is_hopper(q.device.index) and all(map(aligned, (q, *keys)))
 
 

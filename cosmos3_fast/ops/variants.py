@@ -13,10 +13,10 @@ import torch
 
 
 def attention(dtype: torch.dtype) -> dict[str, Callable[..., torch.Tensor]]:
-    """Name -> `ops.attention` that way; Hopper GPUs have a kernel for 2-byte dtypes, by tile."""
+    """Name -> `ops.attention` that way; Hopper GPUs have a kernel for bfloat16, by tile."""
     module = importlib.import_module("cosmos3_fast.kernels.attention")
     ways = {"triton": module.attention_triton}
-    if dtype.itemsize == 2 and torch.cuda.get_device_capability()[0] == 9:
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] == 9:
         tiles = importlib.import_module("cosmos3_fast.kernels.attention_hopper").TILES
         for tile in tiles:
             run = functools.partial(module.attention_hopper, tile=tile)
