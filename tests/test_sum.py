@@ -310,6 +310,24 @@ def test_the_choice_follows_from_sizes_and_the_mesh(monkeypatch):
     assert [given[1] for given in made] == [128, 4096, 8]
 
 
+def test_the_log_names_what_sums_over_ranks(monkeypatch):
+    monkeypatch.setattr(ops, "peer_kernels", lambda device: device.type == "cuda")
+    monkeypatch.setattr(parallel_sum, "FUSED_BYTES", {4: 1 << 20})
+
+    def row(size, device="cuda:0", collective="auto"):
+        mesh = Mesh(torch.device(device), tp_size=size, collective=collective)
+        return ops.backends(mesh.device, RowSums(mesh)).get("sum_add_rms_norm")
+
+    apart = "all-reduce, then add_rms_norm"
+    assert [row(1), row(2), row(4)] == [None, apart, "_C"]
+    assert (
+        row(4, "cpu") == row(4, collective="nccl") == apart
+        and row(2, collective="symmetric") == "_C"
+    )
+    gpu, cpu = (ops.backends(torch.device(kind))["gate_up_silu"] for kind in ("cuda", "cpu"))
+    assert (gpu, cpu) == ("triton, or torch.mm with silu_mul, by its table", "torch reference")
+
+
 def test_only_a_fused_sum_has_memory_for_all_three(monkeypatch):
     """A limit between two row counts of one capacity."""
     mesh, made = Mesh(torch.device("cpu"), tp_size=2), []

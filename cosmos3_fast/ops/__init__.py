@@ -65,10 +65,17 @@ def _pick(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
     return _kernel(name)
 
 
-def backends(device: torch.device) -> dict[str, str]:
-    """Which implementation each operation runs on `device`: "triton", "_C" or "torch reference"."""
+def backends(device: torch.device, sums: RowSums | None = None) -> dict[str, str]:
+    """What each operation runs on `device`: "triton", "_C", "torch reference", or which ways its
+    shapes choose between; with `sums`, those of several ranks, the sum over them too.
+    """
     fused = "torch reference" if _forced or device.type == "cpu" else "triton"
     rows = dict.fromkeys(_TRITON, fused)
+    if fused == "triton":
+        rows["gate_up_silu"] = "triton, or torch.mm with silu_mul, by its table"
+    if sums is not None and sums.mesh.tp_size > 1:
+        one_kernel = peer_kernels(device) and sums.fused_bytes > 0
+        rows["sum_add_rms_norm"] = "_C" if one_kernel else "all-reduce, then add_rms_norm"
     rows["image_to_tensor"] = "_C" if _extension_runs(device) else "torch reference"
     rows["conv_input"] = "_C" if peer_kernels(device) else "torch reference"
     return rows
