@@ -8,7 +8,9 @@ Every rank first runs alone (world size 1) on its own GPU, then all of them as t
 prints one JSON line a request; milliseconds are those of the slowest rank. Every rank's exit status
 is 1 when ranks hold different bits, or a result lies further from one GPU's than the bound, and
 then that request has no times. `--pooled N` compares errors against float32 over N seeds, dealt out
-to the ranks, instead of by the fixed bound. `--tiny` runs on CPU ranks.
+to the ranks, instead of by the fixed bound. Sums over ranks are those of the engine's table, or
+with `--fused` all in one kernel, also where the table has all-reduces; each row names the largest
+such sum. `--tiny` runs on CPU ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 
 import torch
 
-from cosmos3_fast import Engine, ParallelConfig, ops
+from cosmos3_fast import Engine, ParallelConfig, ops, parallel_sum
 from cosmos3_fast.agreement import digest
 from cosmos3_fast.graph import Captured
 from cosmos3_fast.testing import fill_random, make_nano_folder, make_tiny_checkpoint
@@ -84,12 +86,16 @@ def times(engine: Engine, load: Workload, args: argparse.Namespace) -> dict[str,
         measured = time_requests(engine, requests)
     row = {"ms": measured.p50, **{f"{n}_ms": ms for n, ms in measured.stages.items()}}
     if engine.mesh.tp_size > 1:
-        row["collectives_ms"] = load.steps * collectives_ms(engine, load)
+        row |= sums_ms(engine, load)
     return row | (vae_ms(engine, load) if args.decode else {})
 
 
-def collectives_ms(engine: Engine, load: Workload) -> float:
-    """The sums over ranks of one network call alone, two a layer, each with the norm after it."""
+def sums_ms(engine: Engine, load: Workload) -> dict[str, float]:
+    """A request's sums over ranks alone, two a layer and step, each of all tokens.
+
+    As all-reduces "collectives_ms"; "fused_sums_ms" where one kernel makes each, with the residual
+    and the norm, which all-reduces leave to other kernels.
+    """
     frames, height, width = load.latent
     rows = frames * -(-height // 2) * -(-width // 2) + load.state_rows + load.chunk
     rows *= 2 if load.guidance != 1 and engine.mesh.cfg_size == 1 else 1
@@ -97,10 +103,14 @@ def collectives_ms(engine: Engine, load: Workload) -> float:
     shape = rows, model.config.hidden_size, model.dtype
     part, residual = model.sums.part(*shape).zero_(), model.sums.residual(*shape).zero_()
     weight, eps = model.norm_gen.weight, model.norm_gen.eps
+    fused = model.sums.fused(*shape) is not None
 
     def sums() -> None:
         for _ in range(2 * model.config.num_hidden_layers):
-            ops.sum_add_rms_norm(part, residual, weight, eps, model.sums)
+            if fused:
+                ops.sum_add_rms_norm(part, residual, weight, eps, model.sums)
+            else:
+                mesh.all_reduce(part, "tp")
 
     graph = Captured(sums, engine.device, True)
     found = []
@@ -108,7 +118,8 @@ def collectives_ms(engine: Engine, load: Workload) -> float:
         mesh.barrier()
         found.append(timed(graph, engine.device))
     graph.reset()
-    return statistics.median(found[2:])
+    name = "fused_sums_ms" if fused else "collectives_ms"
+    return {name: load.steps * statistics.median(found[2:])}
 
 
 def vae_ms(engine: Engine, load: Workload, rounds: int = 3) -> dict[str, float]:
@@ -206,6 +217,7 @@ def report(args: argparse.Namespace, folder: Path, kinds: dict[str, Workload]) -
         mine, exact = answers(many, kinds, seeds), everyones(many, own)
         for kind, load in kinds.items():
             row = {"request": kind, "mesh": f"cfg {args.cfg} x tp {args.tp}"}
+            row["fused_bytes"] = many.model.sums.fused_bytes
             row |= agreement(kind, args, many, mine, one, exact)
             if args.decode:
                 got = many.vae.decode(latents(many, load)).cpu()
@@ -245,11 +257,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--bound", type=float, default=0.05, help="relative L2 against one GPU")
     parser.add_argument("--pooled", type=int, default=0, metavar="N", help="seeds against float32")
+    parser.add_argument("--fused", action="store_true", help="every sum over ranks in one kernel")
     parser.add_argument("--tiny", action="store_true", help="CPU ranks, tiny model, float32")
     parser.add_argument("--json", metavar="OUT")
     args = parser.parse_args()
     if args.pooled % (args.cfg * args.tp):
         parser.error(f"--pooled deals seeds out to {args.cfg * args.tp} ranks, got {args.pooled}")
+    if args.fused and (args.tiny or args.tp == 1):
+        parser.error("--fused needs GPU ranks and --tp of 2 or more")
+    if args.fused:
+        parallel_sum.FUSED_BYTES = {args.tp: sys.maxsize}
     args.local = torch.distributed.get_node_local_rank(fallback_rank=0)
     args.device = "cpu" if args.tiny else f"cuda:{args.local}"
     args.dtype = torch.float32 if args.tiny else torch.bfloat16
