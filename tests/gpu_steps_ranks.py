@@ -4,7 +4,8 @@
 The engine's own steps at Nano's widths, on a few layers. Thousands of replays with random delays a
 rank, before and between the collectives, bit for bit what eager steps without delays gave; planted
 faults that must be seen; then whole D requests whose state is compared over the ranks after every
-step. Every rank prints what failed; exit status 1 if anything did. `--tiny` runs on CPU ranks.
+step. Every rank prints what failed; exit status 1 if anything did. `--fused`: sums over ranks in
+one kernel, whatever the table says. `--tiny` runs on CPU ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from unittest.mock import patch
 
 import torch
 
-from cosmos3_fast import Engine, ParallelConfig, denoise, ops
+from cosmos3_fast import Engine, ParallelConfig, denoise, ops, parallel_sum
 from cosmos3_fast.agreement import digest
 from cosmos3_fast.graph import StepRunner
 from cosmos3_fast.parallel import Mesh, Symmetric
@@ -359,8 +360,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--replays", type=int, default=10_000)
     parser.add_argument("--requests", type=int, default=250, help="whole D requests of 4 steps")
     parser.add_argument("--layers", type=int, default=2, help="36 is all of Nano")
+    parser.add_argument("--fused", action="store_true", help="every sum over ranks in one kernel")
     parser.add_argument("--tiny", action="store_true", help="CPU ranks, tiny model, float32")
     args = parser.parse_args(argv)
+    if args.fused and (args.tiny or args.tp == 1):
+        parser.error("--fused needs GPU ranks and --tp of 2 or more")
+    if args.fused:
+        parallel_sum.FUSED_BYTES = {args.tp: sys.maxsize}
     short, whole = SHORT, WORKLOADS["D"]
     if args.tiny:
         short, whole = short.small(), whole.small()
@@ -373,6 +379,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if engine.device.type == "cuda":
             problems += check_races(engine, short, args.replays // 50)
         problems += check_states(engine, whole, args.requests)
+        sums = engine.model.sums
+        made = sum(int(memory.state[0]) for memory in sums._fused.values())
+        say(mesh, f"{made} sums over ranks were made in one kernel")
+        problems += [text for text in [sums.failure()] if text]
+        problems += ["no sum was made in one kernel"] if args.fused and not made else []
         for problem in problems:
             print(f"FAILED rank {mesh.rank}: {problem}", flush=True)
         failed = any(mesh.gather_objects(bool(problems)))

@@ -76,10 +76,9 @@ def test_the_script_for_gpus_runs_on_cpu_ranks() -> None:
     assert [rank["status"] for rank in ended] == [0, 0]
 
 
-@pytest.mark.parametrize(("count", "mesh"), by_gpus(MESHES))
-def test_replays_with_delays_keep_every_bit(count: int, mesh: tuple[int, int]) -> None:
+def replay_with_delays(count: int, mesh: tuple[int, int], *more: str) -> None:
     script = str(Path(gpu_steps_ranks.__file__).resolve())
-    flags = ["--cfg", str(mesh[0]), "--tp", str(mesh[1])]
+    flags = ["--cfg", str(mesh[0]), "--tp", str(mesh[1]), *more]
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}"]
     done = subprocess.run(
         [*launcher, script, *flags],
@@ -90,6 +89,21 @@ def test_replays_with_delays_keep_every_bit(count: int, mesh: tuple[int, int]) -
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(("count", "mesh"), by_gpus(MESHES))
+def test_replays_with_delays_keep_every_bit(count: int, mesh: tuple[int, int]) -> None:
+    replay_with_delays(count, mesh)
+
+
+TP_MESHES = {count: [mesh for mesh in MESHES[count] if mesh[1] > 1] for count in (2, 4)}
+
+
+@pytest.mark.parametrize(("count", "mesh"), by_gpus(TP_MESHES))
+def test_replays_with_every_sum_in_one_kernel_keep_every_bit(
+    count: int, mesh: tuple[int, int]
+) -> None:
+    replay_with_delays(count, mesh, "--fused")
 
 
 # Lost ranks. (what happens in the middle of a request, on which rank, cfg x tp, the cause)
