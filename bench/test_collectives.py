@@ -2,8 +2,9 @@
 
 Each all-reduce kernel (NCCL, two-shot) is compared with the sum in float64 first, then timed as a
 graph of calls: microseconds a call on the slowest rank, and the ratio to NCCL in the same launch.
-What `parallel.TWO_SHOT_BYTES` should say is read off this table. Without GPUs only the agreement
-over CPU ranks is timed.
+What `parallel.TWO_SHOT_BYTES` should say is read off this table (`-s` shows it; the ranks are
+processes of their own, so pytest-benchmark times nothing here). Without GPUs only the agreement over
+CPU ranks is timed.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def _gpus(size: int) -> Any:
 
 
 @pytest.mark.parametrize("size", [_gpus(2), _gpus(4)])
-def test_collectives(benchmark, size) -> None:
+def test_collectives(size) -> None:
     ranks = run_cases(size, [case_collectives], timeout=300, arguments={"size": size})
     slowest = {
         k: max(got[k] for got in ranks["case_collectives"]) for k in ranks["case_collectives"][0]
@@ -116,16 +117,13 @@ def test_collectives(benchmark, size) -> None:
         for kernel in ("nccl", "two_shot", "gather"):
             micros = slowest[f"{kernel} {label}"]
             ratio = slowest[f"nccl {label}"] / micros
-            benchmark.extra_info[f"{kernel} {label}"] = round(micros, 1)
             print(
                 f"{size} GPUs, {label}: {kernel} {micros:.1f} us, {ratio:.2f} x NCCL's all-reduce"
             )
-    benchmark.pedantic(lambda: None, rounds=1)
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_agreement(benchmark, size) -> None:
+def test_agreement(size) -> None:
     ranks = run_cases(size, [case_agreement], arguments={"size": size})["case_agreement"]
-    benchmark.extra_info["milliseconds"] = max(got["milliseconds"] for got in ranks)
-    print(f"{size} ranks: {benchmark.extra_info['milliseconds']:.2f} ms")
-    benchmark.pedantic(lambda: None, rounds=1)
+    slowest = max(got["milliseconds"] for got in ranks)
+    print(f"{size} ranks: {slowest:.2f} ms")

@@ -201,7 +201,7 @@ def report(
     )
     for name, loaded in loads.items():
         log.info("%s: %s", name, loaded)
-    rows = ops.backends(model.device)
+    rows = ops.backends(model.device, model.sums)
     log.info("ops: %s", ", ".join(f"{op} {where}" for op, where in rows.items()))
     if on_gpu and rows["rms_norm"] == "triton" and rows["conv_input"] != "_C":
         log.warning("cosmos3_fast._C was built without nvcc: the VAE runs its torch reference")
