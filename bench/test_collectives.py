@@ -3,8 +3,8 @@
 Each all-reduce kernel (NCCL, two-shot) is compared with the sum in float64 first, then timed as a
 graph of calls: microseconds a call on the slowest rank, and the ratio to NCCL in the same launch.
 What `parallel.TWO_SHOT_BYTES` should say is read off this table (`-s` shows it; the ranks are
-processes of their own, so pytest-benchmark times nothing here). Without GPUs only the agreement over
-CPU ranks is timed.
+processes of their own, so pytest-benchmark times nothing here). Without GPUs only the agreement
+over CPU ranks is timed.
 """
 
 from __future__ import annotations
