@@ -220,6 +220,12 @@ class Mesh:
         """All ranks' host threads have come this far. Says nothing about their GPUs."""
         self.gather_objects(None)
 
+    def settle(self) -> None:
+        """Every rank's device has done all it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.barrier()
+
     def close(self) -> None:
         """End symmetric memory, then the groups this mesh made, then the one it started.
 

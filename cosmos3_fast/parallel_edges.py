@@ -95,16 +95,10 @@ class EdgeSlots:
 
     def reset(self) -> None:
         """Start from exchange 0 again, after a failure; all ranks together, outside a capture."""
-        self._meet()
+        self.mesh.settle()
         self.memory.tensor[4 * self.slot_bytes :].zero_()
         self.state.zero_()
-        self._meet()
-
-    def _meet(self) -> None:
-        """Every rank's device has done all it was given."""
-        if self.mesh.device.type == "cuda":
-            torch.cuda.synchronize(self.mesh.device)
-        self.mesh.barrier()
+        self.mesh.settle()
 
 
 class EdgePool:

@@ -77,16 +77,10 @@ class SumMemory:
 
     def reset(self) -> None:
         """Start from sum 0 again, after a failure; all ranks together, outside a capture."""
-        self._meet()
+        self.mesh.settle()
         self.flags.zero_()
         self.state.zero_()
-        self._meet()
-
-    def _meet(self) -> None:
-        """Every rank's device has done all it was given."""
-        if self.mesh.device.type == "cuda":
-            torch.cuda.synchronize(self.mesh.device)
-        self.mesh.barrier()
+        self.mesh.settle()
 
 
 class RowSums:

@@ -7,16 +7,14 @@ what failed; exit status 1 if anything did.
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from gpu_rank_scripts import CYCLES, run, time_us
 from halo_cases import (
     BORDER,
     DECODER,
@@ -30,7 +28,6 @@ from halo_cases import (
     strip_result,
 )
 
-from cosmos3_fast.config import ParallelConfig
 from cosmos3_fast.ops import halo
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.parallel_edges import EdgeSlots
@@ -48,14 +45,13 @@ STRESS = (
     Case("stride 2", (24, 2, 0, 6), "none", 0, RIGHT_BOTTOM),
     Case("doubled", (8, 2, 0, 6), "nearest2x", 0),
 )
-CYCLES = 200_000  # longest delay on the device, some 100 us: neighbours overtake each other
 
 
 def spread(size: int, count: int) -> list[int]:
     return [size // count + (rank < size % count) for rank in range(count)]
 
 
-def check_slices(mesh: Mesh) -> list[str]:
+def check_slices(mesh: Mesh, _: int) -> list[str]:
     """What every rank writes equals, bit for bit, the slice of what one rank writes."""
     wrong = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -203,7 +199,7 @@ def check_faults(mesh: Mesh, replays: int) -> list[str]:
             slots.state[:1] -= 1
         torch.cuda.synchronize()
         mesh.barrier()
-        wrong = stress.replay(replays)
+        wrong = stress.replay(max(replays // 10, 500))
         seen = bool(wrong) or slots.failure() is not None
         said = mesh.gather_objects([wrong, slots.failure()])
         if not any(mesh.gather_objects(seen)):
@@ -214,7 +210,7 @@ def check_faults(mesh: Mesh, replays: int) -> list[str]:
     return unseen
 
 
-def check_deadline(mesh: Mesh) -> list[str]:
+def check_deadline(mesh: Mesh, _: int) -> list[str]:
     """The last rank stays away: its neighbour ends at the deadline, says so, and can start over."""
     slots, problems = make_slots(mesh, 0.3), []
     x = torch.full((1, 8, 1, 4, 8), mesh.rank + 1.0, device=mesh.device, dtype=torch.bfloat16)
@@ -239,26 +235,6 @@ def check_deadline(mesh: Mesh) -> list[str]:
     return problems + [text for text in [slots.failure()] if text]
 
 
-def time_us(mesh: Mesh, call: Callable[[], object], count: int = 10) -> float:
-    """Median microseconds of a call in a captured graph, all ranks at once; the slowest rank's."""
-    call()
-    torch.cuda.synchronize()
-    mesh.barrier()
-    graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(count):
-            call()
-    for _ in range(12):
-        mesh.barrier()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / count)
-    return max(mesh.gather_objects(statistics.median(times[2:])))
-
-
 def time_exchanges(mesh: Mesh) -> None:
     """D's widest strips: the kernel alone, with its exchange, and with edges sent through NCCL."""
     for case in (DECODER[0], DECODER[4], DECODER[6]):
@@ -268,16 +244,18 @@ def time_exchanges(mesh: Mesh) -> None:
         slots = EdgeSlots(mesh, edge_bytes(case, 3, torch.bfloat16))
         edge = {k: given[k] for k in ("x", "prologue", "gamma", "bias")}
 
-        def through_nccl(given=given, edge=edge):
+        def through_nccl(_, given=given, edge=edge):
             edges = halo.conv_edges(**edge, axis=3, before=1, after=1)
             before, after = mesh.exchange_edges(*edges)
             return halo.conv_input(**given, before=before, after=after)
 
-        alone = time_us(mesh, lambda given=given: halo.conv_input(**given))
+        alone = time_us(mesh, lambda _, given=given: halo.conv_input(**given), 10)
         ours = time_us(
-            mesh, lambda given=given, slots=slots: halo.conv_input_exchange(slots=slots, **given)
+            mesh,
+            lambda _, given=given, slots=slots: halo.conv_input_exchange(slots=slots, **given),
+            10,
         )
-        nccl = time_us(mesh, through_nccl)
+        nccl = time_us(mesh, through_nccl, 10)
         failure = slots.failure()
         if mesh.rank == 0:
             megabytes = edge_bytes(case, 3, torch.bfloat16) / 1e6
@@ -289,29 +267,7 @@ def time_exchanges(mesh: Mesh) -> None:
         mesh.barrier()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--replays", type=int, default=10_000)
-    parser.add_argument("--check", action="store_true", help="take no times")
-    arguments = parser.parse_args()
-    world = int(os.environ["WORLD_SIZE"])
-    mesh = Mesh.create(ParallelConfig(world_size=world, tp_size=world), "cuda")
-    problems = check_slices(mesh)
-    problems += check_stress(mesh, arguments.replays)
-    problems += check_faults(mesh, max(arguments.replays // 10, 500))
-    problems += check_deadline(mesh)
-    for problem in problems:
-        print(f"FAILED rank {mesh.rank}: {problem}", flush=True)
-    failed = any(mesh.gather_objects(bool(problems)))
-    if mesh.rank == 0:
-        print("halo ranks: " + ("FAILED" if failed else f"all checks passed on {world} GPUs"))
-    if not failed and not arguments.check:
-        time_exchanges(mesh)
-    torch.cuda.synchronize()
-    mesh.barrier()
-    mesh.close()
-    return int(failed)
-
+CHECKS = (check_slices, check_stress, check_faults, check_deadline)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("halo ranks", __doc__, CHECKS, time_exchanges))

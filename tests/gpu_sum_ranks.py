@@ -7,20 +7,17 @@ deadline; then times. Every rank prints what failed; exit status 1 if anything d
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable
 
 import torch
+from gpu_rank_scripts import CYCLES, run, time_us
 from sum_cases import EPS, Ranks, error, inputs, share, truth
 
 from cosmos3_fast import ops
 from cosmos3_fast.agreement import digest
-from cosmos3_fast.config import ParallelConfig
 from cosmos3_fast.ops.sum_norm import sum_add_rms_norm
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.parallel_sum import SumMemory
@@ -29,12 +26,11 @@ BF16 = torch.bfloat16
 SHAPES = ((1, 64), (5, 1000), (406, 4096), (983, 4096), (3093, 4096), (129, 16384))
 STRESS = ((61, False), (61, True), (7, False))  # rows of a sum, and whether its residual travels
 WIDTH = 512
-CYCLES = 200_000  # longest delay on the device, some 100 us: ranks overtake each other
 TIMED = (60, 406, 983, 1966, 3093, 6186)
 ROTATED = 4  # sets of memory that the timed calls take in turn
 
 
-def check_numbers(mesh: Mesh) -> list[str]:
+def check_numbers(mesh: Mesh, _: int) -> list[str]:
     """No further from float64 than the two operations apart, and the same bits on every rank."""
     wrong = []
     for dtype in (BF16, torch.float16, torch.float32):
@@ -187,7 +183,7 @@ def check_faults(mesh: Mesh, replays: int) -> list[str]:
             stress = Stress(mesh, memory, before=lambda flags=ahead: flags.fill_(1 << 30))
         torch.cuda.synchronize()
         mesh.barrier()
-        wrong = stress.replay(replays)
+        wrong = stress.replay(max(replays // 10, 500))
         said = mesh.gather_objects([wrong, memory.failure()])
         if not any(count or text for count, text in said):
             unseen.append(f"planted fault not seen: {plant}")
@@ -197,7 +193,7 @@ def check_faults(mesh: Mesh, replays: int) -> list[str]:
     return unseen
 
 
-def check_deadline(mesh: Mesh) -> list[str]:
+def check_deadline(mesh: Mesh, _: int) -> list[str]:
     """The last rank stays away: the others end at the deadline, say so, and can start over."""
     memory, problems, last = make_memory(mesh, 0.3), [], mesh.world_size - 1
     weight = torch.ones(WIDTH, device=mesh.device, dtype=BF16)
@@ -227,27 +223,6 @@ def check_deadline(mesh: Mesh) -> list[str]:
     return problems + [text for text in [memory.failure()] if text]
 
 
-def time_us(mesh: Mesh, call: Callable[[int], object], count: int = 24) -> float:
-    """Median microseconds of a call in a captured graph, all ranks at once; the slowest rank's."""
-    for i in range(ROTATED):
-        call(i)
-    torch.cuda.synchronize()
-    mesh.barrier()
-    graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for i in range(count):
-            call(i % ROTATED)
-    for _ in range(12):
-        mesh.barrier()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / count)
-    return max(mesh.gather_objects(statistics.median(times[2:])))
-
-
 def time_sums(mesh: Mesh, columns: int = 4096) -> None:
     """The fused sum beside an all-reduce and `add_rms_norm`: two-shot, and NCCL's."""
     sets = [SumMemory(mesh, max(TIMED), columns, BF16, 10) for _ in range(ROTATED)]
@@ -269,7 +244,7 @@ def time_sums(mesh: Mesh, columns: int = 4096) -> None:
                 else:
                     ops.add_rms_norm(mesh.all_reduce(part), residual, weight, EPS)
 
-            found[name] = time_us(mesh, call)
+            found[name] = time_us(mesh, call, 24, ROTATED)
         failure = next((text for m in sets if (text := m.failure())), "no failure")
         if mesh.rank == 0:
             nbytes = rows * columns * BF16.itemsize
@@ -283,29 +258,7 @@ def time_sums(mesh: Mesh, columns: int = 4096) -> None:
     mesh.barrier()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--replays", type=int, default=10_000)
-    parser.add_argument("--check", action="store_true", help="take no times")
-    arguments = parser.parse_args()
-    world = int(os.environ["WORLD_SIZE"])
-    mesh = Mesh.create(ParallelConfig(world_size=world, tp_size=world), "cuda")
-    problems = check_numbers(mesh)
-    problems += check_stress(mesh, arguments.replays)
-    problems += check_faults(mesh, max(arguments.replays // 10, 500))
-    problems += check_deadline(mesh)
-    for problem in problems:
-        print(f"FAILED rank {mesh.rank}: {problem}", flush=True)
-    failed = any(mesh.gather_objects(bool(problems)))
-    if mesh.rank == 0:
-        print("sum ranks: " + ("FAILED" if failed else f"all checks passed on {world} GPUs"))
-    if not failed and not arguments.check:
-        time_sums(mesh)
-    torch.cuda.synchronize()
-    mesh.barrier()
-    mesh.close()
-    return int(failed)
-
+CHECKS = (check_numbers, check_stress, check_faults, check_deadline)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("sum ranks", __doc__, CHECKS, time_sums))
