@@ -151,7 +151,7 @@ class Ranks:
                 rank=rank,
                 world_size=self.count,
                 device=torch.device(self.device),
-                barrier=lambda: None,
+                settle=(lambda: None) if self.device == "cpu" else torch.cuda.synchronize,
                 symmetric=lambda size, axis, part=part: part,
             )
             self.slots.append(EdgeSlots(mesh, self.slot_bytes, deadline=self.deadline))  # type: ignore[arg-type]

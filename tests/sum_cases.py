@@ -46,7 +46,7 @@ class Ranks:
                 tp_rank=rank,
                 tp_size=self.count,
                 device=torch.device(self.device),
-                barrier=lambda: None,
+                settle=(lambda: None) if self.device == "cpu" else torch.cuda.synchronize,
                 symmetric=symmetric,
             )
             memory = SumMemory(mesh, self.rows, self.columns, self.dtype, self.deadline)  # type: ignore[arg-type]
