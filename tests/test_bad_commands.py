@@ -1,14 +1,17 @@
 """What the command refuses: one line on stderr, exit status 2, no network call, no file."""
 
+import io
 import json
 import re
 import shutil
+import sys
 
 import pytest
 from engine_fixtures import checkpoint
 from PIL import Image
 
 from cosmos3_fast.cli import main
+from cosmos3_fast.cli.output import say
 from cosmos3_fast.model import Cosmos3Transformer
 from cosmos3_fast.testing import make_tiny_checkpoint
 from cosmos3_fast.vae import WanVAE
@@ -209,3 +212,17 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path, capsys, command):
     said = capsys.readouterr().err
     assert said.startswith(f"cosmos3-fast {command}: cannot read {tmp_path}/transformer")
     assert len(said.splitlines()) == 1
+
+
+def test_a_line_is_written_in_one_piece(monkeypatch):
+    """Two ranks' lines would run into one another if the end of each came apart from it."""
+
+    class Pieces(io.StringIO):
+        def write(self, text: str) -> int:
+            pieces.append(text)
+            return super().write(text)
+
+    pieces = []
+    monkeypatch.setattr(sys, "stderr", Pieces())
+    say("run", ValueError("no picture"))
+    assert pieces == ["cosmos3-fast run: no picture\n"]

@@ -20,8 +20,9 @@ class SaidError(Exception):
 
 
 def say(command: str, error: Exception) -> SaidError:
-    """One line on stderr, now."""
-    print(f"cosmos3-fast {command}: {error}", file=sys.stderr, flush=True)
+    """One line on stderr, now, in one piece: the ranks of a launch share it."""
+    sys.stderr.write(f"cosmos3-fast {command}: {error}\n")
+    sys.stderr.flush()
     return SaidError(str(error))
 
 
