@@ -59,8 +59,12 @@ def _kernel(name: str) -> Callable[..., Any]:
     return getattr(module, name)
 
 
+def _runs_reference(device: torch.device) -> bool:
+    return _forced or device.type == "cpu"
+
+
 def _pick(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
-    if _forced or tensor.device.type == "cpu":
+    if _runs_reference(tensor.device):
         return getattr(_reference, name)
     return _kernel(name)
 
@@ -69,7 +73,7 @@ def backends(device: torch.device, sums: RowSums | None = None) -> dict[str, str
     """What each operation runs on `device`: "triton", "_C", "torch reference", or which ways its
     shapes choose between; with `sums`, those of several ranks, the sum over them too.
     """
-    fused = "torch reference" if _forced or device.type == "cpu" else "triton"
+    fused = "torch reference" if _runs_reference(device) else "triton"
     rows = dict.fromkeys(_TRITON, fused)
     if fused == "triton":
         rows["gate_up_silu"] = "triton, or torch.mm with silu_mul, by its table"
@@ -178,7 +182,7 @@ def gate_up_silu(
 
 def gate_up_is_fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `gate_up_silu` of these is one kernel, not a product with `silu_mul` after it."""
-    if _forced or x.device.type == "cpu":
+    if _runs_reference(x.device):
         return False
     module = importlib.import_module("cosmos3_fast.kernels.gate_up_silu")
     return bool(module.is_fused(x, weight))
