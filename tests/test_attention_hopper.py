@@ -5,20 +5,18 @@ Compiled in a process of its own, in which TRITON_INTERPRET is not set, as in te
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from own_process import SHARED_LIMIT, printed
 
-SHARED_LIMIT = 227 * 1024  # bytes a block may use on sm_90
 CASES = {
     f"{consumers}-consumers-group-{group}": (consumers, group)
     for consumers in (2, 3)
@@ -84,18 +82,9 @@ def assemble(ptx: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
-@functools.cache
-def outcomes() -> dict[str, dict]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_for_sm_90(name):
-    outcome = outcomes()[name]
+    outcome = printed(__file__)[name]
     assert "error" not in outcome, outcome["error"]
     assert outcome["shared"] <= SHARED_LIMIT and outcome["warps"] == 4 * CASES[name][0] + 4, outcome
     instructions = ("setmaxnreg.inc", "wgmma.mma_async", "cp.async.bulk.tensor", "ex2.approx.ftz")

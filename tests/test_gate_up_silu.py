@@ -6,22 +6,18 @@ The kernel is Gluon's, which Triton's interpreter does not run: its maths is che
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from own_process import SHARED_LIMIT, printed
 from test_kernels_interpreter import Guarded, assert_close, double
 
 from cosmos3_fast import ops
 from cosmos3_fast.kernels import gate_up_silu as gus
 from cosmos3_fast.kernels import reference
 
-SHARED_LIMIT = 227 * 1024  # bytes a block may use on sm_90
 gpu = pytest.mark.gpu
 hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
@@ -53,15 +49,6 @@ def compile_ahead() -> dict[str, object]:
     return {"shared": built.metadata.shared, "ptx": built.asm["ptx"]}
 
 
-@functools.cache
-def compiled() -> dict:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.mark.parametrize(
     "instruction",
     [
@@ -72,11 +59,11 @@ def compiled() -> dict:
     ],
 )
 def test_compiles_for_sm_90(instruction):
-    assert instruction in compiled()["ptx"]
+    assert instruction in printed(__file__)["ptx"]
 
 
 def test_shared_memory_is_enough():
-    assert 0 < compiled()["shared"] <= SHARED_LIMIT
+    assert 0 < printed(__file__)["shared"] <= SHARED_LIMIT
 
 
 @pytest.mark.parametrize("row", gus.GATE_UP_CHOICE, ids=str)

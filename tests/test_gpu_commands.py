@@ -159,12 +159,7 @@ def refused(folder: Path) -> dict[str, page.Outcome]:
 @pytest.mark.gpu2
 @pytest.mark.parametrize("name", WRONG)
 def test_a_command_that_cannot_run_says_why_on_every_rank(refused, folder, name) -> None:
-    ranks, _, words = WRONG[name]
-    ended = refused[name]
-    said = [line for line in ended.output.splitlines() if line.startswith("cosmos3-fast run: ")]
-    assert ended.status != 0
-    assert len(said) == ranks and all(words in line for line in said), ended.output
-    assert not (folder / name / ".cache" / "out_action.json").exists()
+    page.require_refused(refused[name], folder, name)
 
 
 def test_one_gpus_flags_are_the_commands_without_a_mesh() -> None:

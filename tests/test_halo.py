@@ -7,11 +7,8 @@ The exchange runs among ranks of this process here; tests/gpu_halo_ranks.py runs
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +28,7 @@ from halo_cases import (
     strip,
     strip_result,
 )
+from own_process import run_over_gpus
 
 from cosmos3_fast.kernels import reference_conv
 from cosmos3_fast.ops import halo
@@ -349,20 +347,11 @@ def test_slots_need_memory_that_ranks_share():
         EdgeSlots(mesh, 1000)
 
 
-def _launch(count: int) -> None:
-    if torch.cuda.device_count() < count:
-        pytest.skip(f"needs {count} GPUs")
-    script = str(Path(__file__).with_name("gpu_halo_ranks.py"))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-
-
 @pytest.mark.gpu2
 def test_two_gpus_exchange():
-    _launch(2)
+    run_over_gpus(2, "gpu_halo_ranks.py")
 
 
 @pytest.mark.gpu4
 def test_four_gpus_exchange():
-    _launch(4)
+    run_over_gpus(4, "gpu_halo_ranks.py")

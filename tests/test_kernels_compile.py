@@ -6,14 +6,11 @@ object that cannot be compiled.
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import subprocess
-import sys
 import traceback
 
 import pytest
+from own_process import SHARED_LIMIT, printed
 
 KERNELS = (
     "rms_norm",
@@ -32,7 +29,6 @@ KERNELS = (
     "unipc_step-1-branch",
     "unipc_step-2-branches",
 )
-SHARED_LIMIT = 227 * 1024  # bytes a block may use on sm_90
 
 
 def settings(name: str):
@@ -112,18 +108,9 @@ def compile_for_h100(name: str) -> dict[str, int]:
     return {"shared": built.metadata.shared, "size": len(built.asm["cubin"])}
 
 
-@functools.cache
-def outcomes() -> dict[str, dict]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_for_sm_90(name):
-    outcome = outcomes()[name]
+    outcome = printed(__file__)[name]
     assert "error" not in outcome, outcome["error"]
     assert outcome["size"] > 0 and outcome["shared"] <= SHARED_LIMIT, outcome
 

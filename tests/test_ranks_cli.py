@@ -207,14 +207,18 @@ def test_rank_0_alone_prints_and_writes(outcomes, folder, name) -> None:
     assert written(folder / name) == [".cache", *beside]
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_command_that_cannot_run_says_why_on_every_rank(outcomes, folder, name) -> None:
+def require_refused(ended: Outcome, folder: Path, name: str) -> None:
+    """Every rank said what is wrong with this command of WRONG, and nothing was written."""
     ranks, _, words = WRONG[name]
-    ended = outcomes[name]
     said = [line for line in ended.output.splitlines() if line.startswith("cosmos3-fast run: ")]
     assert ended.status != 0
     assert len(said) == ranks and all(words in line for line in said), ended.output
     assert not (folder / name / ".cache" / "out_action.json").exists()
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_command_that_cannot_run_says_why_on_every_rank(outcomes, folder, name) -> None:
+    require_refused(outcomes[name], folder, name)
 
 
 def test_a_rank_that_is_slower_than_the_others_still_says_its_error(folder) -> None:

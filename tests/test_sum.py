@@ -7,15 +7,13 @@ of their own.
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from own_process import run_over_gpus
 from ranks import run_cases
 from sum_cases import EPS, Ranks, apart, error, inputs, share, truth
 
@@ -355,20 +353,11 @@ def test_only_a_fused_sum_has_memory_for_all_three(monkeypatch):
     assert residual.data_ptr() == memory.residual.data_ptr()
 
 
-def _launch(count: int) -> None:
-    if torch.cuda.device_count() < count:
-        pytest.skip(f"needs {count} GPUs")
-    script = str(Path(__file__).with_name("gpu_sum_ranks.py"))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-
-
 @pytest.mark.gpu2
 def test_two_gpus_sum():
-    _launch(2)
+    run_over_gpus(2, "gpu_sum_ranks.py")
 
 
 @pytest.mark.gpu4
 def test_four_gpus_sum():
-    _launch(4)
+    run_over_gpus(4, "gpu_sum_ranks.py")
