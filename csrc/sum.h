@@ -4,12 +4,14 @@
 // Of `rows` rows each rank owns an even share. Every rank holds, in memory that its peers address,
 // its `part` of the product, the `normed` result, and flags. For each row it owns a rank computes
 //
-//     residual = round(part_0 + part_1 + ... + residual)                       in float32, one
-//     rounding normed   = round(round(residual * rsqrt(mean(residual^2) + eps)) * weight)
+//     residual = round(part_0 + part_1 + ... + residual)
 //
-// and stores `normed` into every rank's memory. Its residual rows stay with it, unless the peers
-// ask for them too (residual_at): the others' rows of its own residual are stale from the first sum
-// on. A row is computed once, so all ranks hold the same bits.
+//     normed   = round(round(residual * rsqrt(mean(residual^2) + eps)) * weight)
+//
+// (float32 sums, one rounding of each result) and stores `normed` into every rank's memory. Its
+// residual rows stay with it, unless the peers ask for them too (residual_at): the others' rows of
+// its own residual are stale from the first sum on. A row is computed once, so all ranks hold the
+// same bits.
 #pragma once
 
 #include <cstdint>

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 
 import torch
+import triton
+import triton.language as tl
 from gpu_rank_scripts import CYCLES, run, time_us
 from sum_cases import EPS, Ranks, error, inputs, share, truth
 
@@ -28,6 +30,30 @@ STRESS = ((61, False), (61, True), (7, False))  # rows of a sum, and whether its
 WIDTH = 512
 TIMED = (60, 406, 983, 1966, 3093, 6186)
 ROTATED = 4  # sets of memory that the timed calls take in turn
+OCCUPIED_NS = 200_000
+
+
+@triton.jit
+def _occupy(ns):
+    """Hold a block's threads for that long."""
+    start = tl.extra.cuda.globaltimer()
+    now = start
+    while now - start < ns:
+        now = tl.extra.cuda.globaltimer()
+
+
+class Crowd:
+    """Another stream's blocks, which fill the GPU but for 1024 threads: a sum's own blocks run a
+    few at a time, so that this rank's rows come after the others'.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.blocks = 2 * torch.cuda.get_device_properties(device).multi_processor_count - 1
+
+    def __call__(self) -> None:
+        with torch.cuda.stream(self.stream):
+            _occupy[(self.blocks,)](OCCUPIED_NS, num_warps=32)
 
 
 def check_numbers(mesh: Mesh, _: int) -> list[str]:
@@ -71,7 +97,8 @@ class Stress:
 
     They are whole and small, so that one rank's kernel over the exact total gives the bits that all
     must. Each graph delays this rank differently before and between its sums; which one is replayed
-    is drawn per rank. `before` is called ahead of every sum and captured with it.
+    is drawn per rank. The last rank's sums share its GPU with a `Crowd`. `before` is called ahead
+    of every sum and captured with it.
     """
 
     def __init__(
@@ -79,6 +106,7 @@ class Stress:
     ) -> None:
         self.mesh, self.memory, self.before = mesh, memory, before
         self.delays = random.Random(mesh.rank)
+        self.crowd = Crowd(mesh.device) if mesh.rank == mesh.world_size - 1 else lambda: None
         self.step = torch.zeros(1, device=mesh.device)
         self.wrong = torch.zeros(1, dtype=torch.int64, device=mesh.device)
         self.alone = Ranks(1, memory.part.shape[0], WIDTH, device=str(mesh.device)).memory[0]
@@ -91,6 +119,7 @@ class Stress:
     def replay(self, times: int) -> int:
         """Wrong results among `times` replays."""
         for _ in range(times):
+            self.crowd()
             self.delays.choice(self.graphs).replay()
             if self.delays.random() < 0.01:
                 time.sleep(self.delays.random() * 2e-3)
@@ -137,6 +166,7 @@ class Stress:
         self.alone.part.zero_(), self.memory.part.zero_()
         self._call(self.alone, self.alone.residual)
         self._call(self.memory, self.memory.residual)
+        self.crowd()
         torch.cuda.synchronize()
         self.mesh.barrier()
 
