@@ -136,7 +136,7 @@ def attention_hopper(
     out: torch.Tensor | None = None,
     tile: HopperTile | None = None,
 ) -> torch.Tensor:
-    """`attention` in one launch on a Hopper GPU: 2-byte dtypes, head_dim 128; shapes as there."""
+    """`attention` in one launch on a Hopper GPU: bfloat16, head_dim 128; shapes as there."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     _check(q, k, v, und_k, und_v, und_len, out)
     launch_hopper(q, k, v, und_k, und_v, und_len, out, tile=tile)

@@ -46,7 +46,7 @@ from cosmos3_fast.kernels import (
     timestep_add,
     unipc_step,
 )
-from cosmos3_fast.kernels.causal_attention import CausalTile
+from cosmos3_fast.kernels.causal_attention import CausalTile, causal_attention
 from cosmos3_fast.kernels.online_softmax import Tile
 from cosmos3_fast.testing.tune import microseconds
 
@@ -219,7 +219,7 @@ def time_causal(tokens: int) -> str:
 
     backends = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
     flash, cudnn = (microseconds(lambda b=b: make(by_torch(b)), nbytes) for b in backends)
-    calls = {t: functools.partial(att.causal_attention, tile=t) for t in (None, *CAUSAL_TILES)}
+    calls = {t: functools.partial(causal_attention, tile=t) for t in (None, *CAUSAL_TILES)}
     times = {t: microseconds(lambda c=c: make(c), nbytes) for t, c in calls.items()}
     listed = (f"{tuple(s) if s else 'set'}: {t:.1f}" for s, t in times.items())
     print(f"causal {tokens} flash {flash:.1f} cuDNN {cudnn:.1f}", *listed, sep=" | ", flush=True)

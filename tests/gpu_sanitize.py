@@ -105,8 +105,9 @@ def is_hand_over(place: str) -> bool:
     source = Path(kernels.__path__[0], name)
     if not source.is_file() or not line.isdigit():
         return False
-    text = [*source.read_text().splitlines(), ""][int(line) - 1].strip()
-    return re.match(r"def _\w+_kernel\(|gl\.warp_specialize\(", text) is not None
+    text = "\n".join(source.read_text().splitlines()[int(line) - 1 :])
+    kernel, call = r"def _\w+_kernel\(", r"(if [^\n]*:\s*)?gl\.warp_specialize\("
+    return re.match(rf"\s*({kernel}|{call})", text) is not None
 
 
 def run_cases(names: list[str], *, planted: bool) -> None:

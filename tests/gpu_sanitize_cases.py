@@ -84,7 +84,7 @@ def attentions(dtype: torch.dtype) -> Iterator[torch.Tensor]:
         q = random(2, tokens, 8, 128, dtype=dtype)
         gen = [random(2, keys, 2, 128, dtype=dtype) for _ in range(2)]
         und = [random(2, capacity, 2, 128, dtype=dtype) for _ in range(2)]
-        for run in (*variants.attention(dtype).values(), without_tma):
+        for run in (*variants.attention(q, *gen, *und).values(), without_tma):
             yield run(q, *gen, *und, integers(*lengths), out=blank(*q.shape, dtype=dtype))
 
 

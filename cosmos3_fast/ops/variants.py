@@ -12,13 +12,15 @@ from collections.abc import Callable
 import torch
 
 
-def attention(dtype: torch.dtype) -> dict[str, Callable[..., torch.Tensor]]:
-    """Name -> `ops.attention` that way; Hopper GPUs have a kernel for bfloat16, by tile."""
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, und_k: torch.Tensor, und_v: torch.Tensor
+) -> dict[str, Callable[..., torch.Tensor]]:
+    """Name -> `ops.attention` that way, of all that take these; Hopper's kernel by tile."""
     module = importlib.import_module("cosmos3_fast.kernels.attention")
+    hopper = importlib.import_module("cosmos3_fast.kernels.attention_hopper")
     ways = {"triton": module.attention_triton}
-    if dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] == 9:
-        tiles = importlib.import_module("cosmos3_fast.kernels.attention_hopper").TILES
-        for tile in tiles:
+    if hopper.takes(q, k, v, und_k, und_v):
+        for tile in hopper.TILES:
             run = functools.partial(module.attention_hopper, tile=tile)
             ways[f"hopper-{tile.consumers}"] = run
     return ways

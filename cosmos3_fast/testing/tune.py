@@ -48,19 +48,18 @@ def attention_row(
     groups = shape.branches
     nbytes = dtype.itemsize * groups * dim * 2 * (queries * heads + shape.tokens * kv_heads)
 
-    def make(run: Callable[..., torch.Tensor]) -> Callable[[], object]:
-        def random(*size: int) -> torch.Tensor:
-            return torch.randn(*size, device="cuda").to(dtype)
-
+    def inputs() -> list[torch.Tensor]:
         keys = [(groups, n, kv_heads, dim) for n in (shape.tokens, shape.capacity)]
-        inputs = [random(groups, queries, heads, dim)]
-        inputs += [random(*size) for size in keys for _ in range(2)]
+        sizes = [(groups, queries, heads, dim), *(size for size in keys for _ in range(2))]
+        return [torch.randn(*size, device="cuda").to(dtype) for size in sizes]
+
+    def make(run: Callable[..., torch.Tensor]) -> Callable[[], object]:
         und_len = torch.tensor(shape.und, device="cuda", dtype=torch.int32)
-        return functools.partial(run, *inputs, und_len)
+        return functools.partial(run, *inputs(), und_len)
 
     us = {
         name: microseconds(functools.partial(make, run), nbytes)
-        for name, run in ({"taken": ops.attention} | variants.attention(dtype)).items()
+        for name, run in ({"taken": ops.attention} | variants.attention(*inputs())).items()
     }
     times = ", ".join(f"{name} {value:.1f}" for name, value in us.items())
     return f"{queries} tokens, {shape.tokens} keys, {groups * heads} heads: {times}"
