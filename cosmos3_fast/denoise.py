@@ -143,9 +143,14 @@ def require_in_time(mesh: Mesh, parts: Iterable[Cosmos3Transformer | WanVAE | No
         raise TimeoutError(first)
 
 
-def require_finite(result: dict[str, torch.Tensor]) -> None:
-    """FloatingPointError naming what holds a NaN or an infinity. Waits for the device."""
-    flags = torch.stack([torch.isfinite(tensor).all() for tensor in result.values()]).tolist()
-    bad = [name for name, finite in zip(result, flags, strict=True) if not finite]
+def finite(result: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whether each is free of NaN and infinity, as a bool on its device: nothing waits for it."""
+    return {name: torch.isfinite(tensor).all() for name, tensor in result.items()}
+
+
+def require_finite(flags: dict[str, torch.Tensor]) -> None:
+    """FloatingPointError naming what is not `finite`. Waits for the device."""
+    held = torch.stack(list(flags.values())).tolist()
+    bad = [name for name, is_finite in zip(flags, held, strict=True) if not is_finite]
     if bad:
         raise FloatingPointError(f"not finite, so nothing is returned: {', '.join(bad)}")

@@ -346,9 +346,10 @@ class Engine:
             note("decode")
             result["pixels"] = self.vae.decode(video)
             stages.mark("decode")
+        finite = denoise.finite(result | {"state": state})
         note(f"after step {plan.schedule.steps} of {plan.schedule.steps}, waiting for the device")
         denoise.require_in_time(self.mesh, (self.model, self.vae))
-        denoise.require_finite(result | {"state": state})
+        denoise.require_finite(finite)
         if self.args.plugin_args.decode_video:
             self._decoders.get(_decoder_key(plan.layout), lambda: True)
         self.times = stages.milliseconds()
@@ -382,7 +383,8 @@ class Engine:
         return latents.clean_state(layout, given, actions, request.clean_action, self.device)
 
     def _noise_state(self, noise: Noise, layout: Layout) -> torch.Tensor:
-        video, action = (torch.from_numpy(part).to(self.device) for part in noise.result())
+        parts = map(torch.from_numpy, noise.result())
+        video, action = (latents.upload(part, self.device) for part in parts)
         return latents.flatten(video, action, layout)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from cosmos3_fast import ops
 from cosmos3_fast.cache import BoundedCache
-from cosmos3_fast.latents import Masks
+from cosmos3_fast.latents import Masks, upload
 from cosmos3_fast.model import Adapter, Cosmos3Transformer, GenInputs
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.request import Layout
@@ -82,7 +82,7 @@ class Encoders:
         self, vae: WanVAE, pixels: torch.Tensor, device: torch.device, capture: bool
     ) -> torch.Tensor:
         """Normalised latents of pixels [1, 3, T, H, W], uint8 or in [-1, 1], from any device."""
-        pixels = pixels.to(device)
+        pixels = upload(pixels, device)
         if pixels.dtype == torch.uint8:
             pixels = ops.image_to_tensor(pixels[0].permute(1, 2, 3, 0))[None]
 
@@ -212,7 +212,7 @@ class StepRunner:
             self.inputs.table[: len(timesteps)].copy_(self.model.timestep_table(timesteps))
 
         self.once("timesteps", timesteps, fill)
-        self.coef[: len(timesteps)].copy_(coef)
+        self.coef[: len(timesteps)].copy_(upload(coef, self.coef.device))
 
     def set_state(self, noise: torch.Tensor, clean: torch.Tensor) -> None:
         """Start a loop from noise [N], clean values [N] put in their places."""

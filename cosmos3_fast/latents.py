@@ -19,6 +19,15 @@ import torch.nn.functional as F
 from cosmos3_fast.request import Layout
 
 
+def upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x on the device. From the host it goes in stream order, through pinned memory that torch
+    keeps until it has been read: nothing here waits for the device.
+    """
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def to_patches(latents: torch.Tensor, patch: int) -> torch.Tensor:
     """latents [1, C, T, H, W] -> [T * ceil(H/p) * ceil(W/p), p * p * C], zero-padded right and
     bottom.
@@ -89,15 +98,15 @@ def clean_state(
     """
     place: dict[str, Any] = {"dtype": torch.float32, "device": device}
     video = torch.zeros(1, layout.channels, layout.frames, layout.height, layout.width, **place)
-    frames = list(layout.clean_frames)
-    if frames and latents is not None:
-        cut = latents[:, :, : frames[-1] + 1, : layout.height, : layout.width].to(**place)
-        video[:, :, frames] = cut[:, :, frames]
+    if layout.clean_frames and latents is not None:
+        latents = upload(latents, device)
+        for frame in layout.clean_frames:
+            video[:, :, frame] = latents[:, :, frame, : layout.height, : layout.width]
     action = torch.zeros(1, layout.rows, layout.action_dim, **place)
     if state_rows is not None:
-        action[:, : state_rows.shape[1], : state_rows.shape[2]] = state_rows.to(**place)
+        action[:, : state_rows.shape[1], : state_rows.shape[2]] = upload(state_rows, device)
     if actions is not None:
-        action[:, layout.dropped_rows :] = actions.to(**place)
+        action[:, layout.dropped_rows :] = upload(actions, device)
     return flatten(video, action, layout)
 
 

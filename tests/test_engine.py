@@ -18,7 +18,7 @@ from engine_fixtures import (
 )
 from PIL import Image
 
-from cosmos3_fast import DeviceConfig, Engine, RuntimeConfig
+from cosmos3_fast import Cosmos3ActionRequest, DeviceConfig, Engine, RuntimeConfig
 
 NAN = float("nan")
 
@@ -330,6 +330,30 @@ def test_graphs_equal_the_eager_engine_on_a_gpu(dtype):
         assert torch.equal(eager["video"], captured["video"])
         assert oracle.error(captured["pixels"].cpu(), eager["pixels"].cpu()) <= 1e-2
     assert torch.equal(answers[1][0]["action"], answers[1][-1]["action"])
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu_between_a_request_and_its_last_step():
+    """Of a prompt and a shape seen before: so the host prepares the loop while the VAE encodes."""
+
+    def picture(seed: int) -> Cosmos3ActionRequest:
+        pixels = (noise(1, 3, 1, 80, 96, seed=seed) * 60 + 128).clamp(0, 255).to(torch.uint8)
+        changes = {"cond_video_latents": None, "cond_video_pixels": pixels}
+        return request(**changes, clean_action=noise(1, 1, 10, seed=seed), seed=seed)
+
+    def issued(step: int) -> None:
+        if step + 1 == picture(1).num_inference_steps:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with Engine(engine_args(device=DeviceConfig("cuda:0", torch.bfloat16))) as engine:
+        want = engine.step(picture(2))
+        engine.step(picture(1))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = engine.step(picture(2), on_step=issued)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert equal(got, want)
 
 
 @pytest.mark.gpu

@@ -75,9 +75,9 @@ def test_an_overflow_in_float16_is_found():
 
 def test_require_finite_names_what_is_not():
     good, bad = torch.zeros(3), torch.tensor([0.0, -float("inf")])
-    denoise.require_finite({"a": good})
+    denoise.require_finite(denoise.finite({"a": good}))
     with pytest.raises(FloatingPointError, match="nothing is returned: b, c"):
-        denoise.require_finite({"a": good, "b": bad, "c": bad})
+        denoise.require_finite(denoise.finite({"a": good, "b": bad, "c": bad}))
 
 
 def test_after_close_requests_are_refused():

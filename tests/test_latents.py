@@ -5,7 +5,15 @@ import torch
 from engine_fixtures import noise, request
 
 from cosmos3_fast.config import TransformerConfig
-from cosmos3_fast.latents import clean_state, flatten, from_patches, masks, split, to_patches
+from cosmos3_fast.latents import (
+    clean_state,
+    flatten,
+    from_patches,
+    masks,
+    split,
+    to_patches,
+    upload,
+)
 from cosmos3_fast.request import layout
 
 CONFIG = TransformerConfig(latent_channel=3, patch_latent_dim=12, action_dim=5)
@@ -110,3 +118,17 @@ def test_nothing_clean_is_all_zero():
     shape = lay(cond_frame_indexes=())
     assert not clean_state(shape, None, None, None, CPU).any()
     assert not clean_state(shape, noise(1, 3, 2, 5, 6), None, None, CPU).any()
+
+
+@pytest.mark.gpu
+def test_an_upload_does_not_wait_for_the_device():
+    """And reads what the host holds when it is called."""
+    values, device = noise(1, 1000), torch.device("cuda:0")
+    assert torch.equal(upload(values, device).cpu(), values)
+    done = torch.cuda.Event()
+    torch.cuda._sleep(200_000_000)
+    done.record()
+    got, want = upload(values, device), values.clone()
+    assert not done.query()
+    values.zero_()
+    assert torch.equal(got.cpu(), want)
