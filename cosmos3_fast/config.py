@@ -23,6 +23,7 @@ import torch
 log = logging.getLogger(__name__)
 
 SCHEDULES = ("karras", "flow", "native")
+COLLECTIVES = ("auto", "symmetric", "nccl")
 PLUGINS = ("cosmos3_policy_wn", "cosmos3_policy")
 MAX_DEADLINE_S = 1e9  # kernels that wait count nanoseconds in 64 bits
 
@@ -93,10 +94,8 @@ class ParallelConfig:
                 f"cfg_size must be 1 or 2 (there are two branches), got {self.cfg_size}"
             )
         if self.world_size != self.cfg_size * self.tp_size:
-            raise ValueError(
-                f"world_size {self.world_size} must be cfg_size {self.cfg_size} x "
-                f"tp_size {self.tp_size}"
-            )
+            product = f"cfg_size {self.cfg_size} x tp_size {self.tp_size}"
+            raise ValueError(f"world_size {self.world_size} must be {product}")
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,10 @@ class RuntimeConfig:
 
     `use_cuda_graph`: capture the denoising step (CUDA only; False runs the same code eagerly).
     `step_deadline_s`: seconds one request may take over several ranks before the watchdog ends the
-    process. `max_graphs`, `max_prompts`: bounds of the caches of captured shapes and of prompts'
-    keys and values. `decode_max_bytes`: activation memory the VAE may plan with before it decodes
-    in latent-frame groups.
+    process. `max_graphs`, `max_prompts`: how many captured shapes, prompts' keys and values stay.
+    `decode_max_bytes`: activation memory the VAE may plan with before it decodes in latent-frame
+    groups. `collective`: GPU ranks' sums, "auto" by the tables of what is faster, "symmetric"
+    through shared memory wherever it can be, "nccl" by NCCL, the reference.
     """
 
     use_cuda_graph: bool = True
@@ -115,12 +115,15 @@ class RuntimeConfig:
     max_graphs: int = 4
     max_prompts: int = 8
     decode_max_bytes: int = 48 << 30
+    collective: str = "auto"
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        if self.step_deadline_s > MAX_DEADLINE_S:
-            limit = f"at most {MAX_DEADLINE_S:g}"
-            raise ValueError(f"step_deadline_s must be {limit}, got {self.step_deadline_s}")
+        if self.collective not in COLLECTIVES:
+            raise ValueError(f"collective must be one of {COLLECTIVES}, got {self.collective!r}")
+        seconds = self.step_deadline_s
+        if seconds > MAX_DEADLINE_S:
+            raise ValueError(f"step_deadline_s must be at most {MAX_DEADLINE_S:g}, got {seconds}")
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,11 @@ class Engine:
         are then not read (`testing.fill_random`: a model of real size without its weights).
         """
         self.args = args
-        self.mesh = Mesh.create(args.config.parallel, startup.device_of(args.config.device))
+        self.mesh = Mesh.create(
+            args.config.parallel,
+            startup.device_of(args.config.device),
+            collective=args.config.runtime.collective,
+        )
         self.device = self.mesh.device
         self.times: dict[str, float] = {}
         self.load_reports: dict[str, LoadReport] = {}
@@ -364,8 +368,7 @@ class Engine:
 
         runner = self._runners.get(plan.key, make)
         for guided in sorted(set(plan.guided)):
-            if runner.prepare(guided):
-                log.info("prepared %s, guided %s", plan.key, guided)
+            runner.prepare(guided)
         return runner
 
     def _und(self, ids: tuple[int, ...]) -> Und:

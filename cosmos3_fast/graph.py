@@ -8,8 +8,11 @@ buffers, so one graph serves them all.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -23,9 +26,16 @@ from cosmos3_fast.request import Layout
 from cosmos3_fast.sampler import COEF
 from cosmos3_fast.vae import WanVAE
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 CAPACITIES = (256, 1024, 4096)  # UND tokens a captured step has room for
 STEPS = 64  # rows of the schedule's tables; longer schedules round up to a multiple
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace (32 MiB) for every stream it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class Captured(Generic[T]):
@@ -39,7 +49,7 @@ class Captured(Generic[T]):
         self._run, self._graph = run, None
         if not capture or device.type != "cuda":
             return
-        stream = torch.cuda.Stream(device)
+        stream = _capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             run()
@@ -88,7 +98,11 @@ class Encoders:
 
         def make() -> tuple[torch.Tensor, Captured[torch.Tensor]]:
             static = torch.zeros_like(pixels, dtype=vae.dtype, memory_format=torch.channels_last_3d)
-            return static, Captured(lambda: vae.encode(static), device, capture)
+            start = time.monotonic()
+            call = Captured(lambda: vae.encode(static), device, capture)
+            seconds, shape = time.monotonic() - start, tuple(pixels.shape)
+            log.info("prepared the encoder of %s in %.2f s", shape, seconds)
+            return static, call
 
         static, call = self._kept.get(tuple(pixels.shape), make)
         static.copy_(pixels)
@@ -228,7 +242,10 @@ class StepRunner:
         if guided in self._steps:
             return False
         self.inputs.step.zero_()
+        start = time.monotonic()
         self._steps[guided] = Captured(lambda: self._step(guided), self.model.device, self._capture)
+        seconds = time.monotonic() - start
+        log.info("prepared %s, guided %s, in %.2f s", self.key, guided, seconds)
         return True
 
     def prepared(self, guided: bool) -> bool:

@@ -9,21 +9,18 @@ returns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
+from cosmos3_fast.config import COLLECTIVES, ParallelConfig
 from cosmos3_fast.launch import Channel, join
-
-if TYPE_CHECKING:
-    from cosmos3_fast.config import ParallelConfig
 
 # torch 2.13 renamed it; 2.11 has the old name alone.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-COLLECTIVES = ("auto", "nccl", "symmetric")
 # Largest all-reduce, in bytes, for which symmetric memory beats NCCL, by group size. Two-shot and
 # NCCL in a captured graph on H200s over NVLink, us: 24 MB 84 against 109 (2 GPUs), 133 against 137
 # (4); 3.2 MB 18 against 33, 25 against 36; 0.25 MB 8 against 11, 10 against 15. Sizes without a

@@ -4,8 +4,8 @@
 The engine's own steps at Nano's widths, on a few layers. Thousands of replays with random delays a
 rank, before and between the collectives, bit for bit what eager steps without delays gave; planted
 faults that must be seen; then whole D requests whose state is compared over the ranks after every
-step. Every rank prints what failed; exit status 1 if anything did. `--fused`: sums over ranks in
-one kernel, whatever the table says. `--tiny` runs on CPU ranks.
+step. Every rank prints what failed; exit status 1 if anything did. `--sums`: how sums over ranks
+are made, whatever the tables say. `--tiny` runs on CPU ranks.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from unittest.mock import patch
 
 import torch
 
-from cosmos3_fast import Engine, ParallelConfig, denoise, ops, parallel_sum
+from cosmos3_fast import Engine, ParallelConfig, denoise, ops
 from cosmos3_fast.agreement import digest
 from cosmos3_fast.graph import StepRunner
 from cosmos3_fast.parallel import Mesh, Symmetric
 from cosmos3_fast.testing import fill_random, make_nano_folder, make_tiny_checkpoint
 from cosmos3_fast.testing.gate import reduced
-from cosmos3_fast.testing.measure import engine_args, wait
+from cosmos3_fast.testing.measure import SUMS, choose_sums, engine_args, wait
 from cosmos3_fast.testing.requests import WORKLOADS, Workload
 
 INPUTS = 8  # noises and clean values that replays start from
 GRAPHS = 4  # captures of one step, each with other delays
 CYCLES = 200_000  # longest delay on the device, some 100 us
 DEADLINE_S = 300.0  # of all replays of one check: a hang ends with the watchdog's message
-# About 400 tokens a branch: its all-reduces go through symmetric memory, D's at TP through NCCL.
+# About 400 tokens a branch. As all-reduces its sums are two-shot, D's over TP ranks are NCCL's.
 SHORT = replace(WORKLOADS["E"], latent=(2, 24, 32), steps=4, guidance=3.0, text_tokens=60)
 
 
@@ -349,7 +349,9 @@ def make_engine(args: argparse.Namespace, folder: Path) -> Engine:
         made = make_tiny_checkpoint(folder / "tiny")
         return Engine(engine_args(made, "cpu", torch.float32, parallel=parallel))
     made = reduced(make_nano_folder(folder / "nano"), folder / "reduced", args.layers)
-    given = engine_args(made, "cuda", torch.bfloat16, parallel=parallel)
+    given = engine_args(
+        made, "cuda", torch.bfloat16, parallel=parallel, collective=choose_sums(args.sums, args.tp)
+    )
     return Engine(given, weights=fill_random)
 
 
@@ -360,13 +362,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--replays", type=int, default=10_000)
     parser.add_argument("--requests", type=int, default=250, help="whole D requests of 4 steps")
     parser.add_argument("--layers", type=int, default=2, help="36 is all of Nano")
-    parser.add_argument("--fused", action="store_true", help="every sum over ranks in one kernel")
+    parser.add_argument("--sums", choices=SUMS, default="table", help="kind of sums over ranks")
     parser.add_argument("--tiny", action="store_true", help="CPU ranks, tiny model, float32")
     args = parser.parse_args(argv)
-    if args.fused and (args.tiny or args.tp == 1):
-        parser.error("--fused needs GPU ranks and --tp of 2 or more")
-    if args.fused:
-        parallel_sum.FUSED_BYTES = {args.tp: sys.maxsize}
     short, whole = SHORT, WORKLOADS["D"]
     if args.tiny:
         short, whole = short.small(), whole.small()
@@ -383,7 +381,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = sum(int(memory.state[0]) for memory in sums._fused.values())
         say(mesh, f"{made} sums over ranks were made in one kernel")
         problems += [text for text in [sums.failure()] if text]
-        problems += ["no sum was made in one kernel"] if args.fused and not made else []
+        can = engine.device.type == "cuda" and args.tp > 1
+        wrong = {"fused": can and not made, "all-reduce": made, "nccl": made}.get(args.sums)
+        problems += [f"{made} sums in one kernel with --sums {args.sums}"] if wrong else []
         for problem in problems:
             print(f"FAILED rank {mesh.rank}: {problem}", flush=True)
         failed = any(mesh.gather_objects(bool(problems)))

@@ -54,6 +54,7 @@ BAD_CHOICES = {
     "half a prompt": (RuntimeConfig, {"max_prompts": 1.5}, "max_prompts must be .* got 1.5"),
     "bytes": (RuntimeConfig, {"decode_max_bytes": 0}, "decode_max_bytes must be .* got 0"),
     "inf bytes": (RuntimeConfig, {"decode_max_bytes": INF}, "decode_max_bytes must be .* got inf"),
+    "sums": (RuntimeConfig, {"collective": "ring"}, "collective must be one of .*'ring'"),
     "schedule": (Cosmos3PolicyWNArgs, {"schedule": "euler"}, "schedule must be one of .*'euler'"),
     "shift": (Cosmos3PolicyWNArgs, {"flow_shift": 0.0}, "flow_shift must be positive, got 0.0"),
     "nan shift": (Cosmos3PolicyWNArgs, {"flow_shift": NAN}, "flow_shift must be finite, got nan"),

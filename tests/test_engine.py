@@ -1,6 +1,8 @@
 """The engine end to end on the CPU: the drop-in example, results, repeats, caches, refusals."""
 
 import dataclasses
+import logging
+import re
 
 import numpy as np
 import oracle
@@ -265,6 +267,18 @@ def test_times_name_every_stage():
     assert list(engine.times) == stages
     assert all(ms >= 0 for ms in engine.times.values()) and engine.times["denoise"] > 0
     assert engine.peak_bytes == 0
+
+
+def test_what_a_new_shape_prepares_is_logged_with_its_time(caplog):
+    pixels = noise(1, 3, 1, 80, 96).clamp(-1, 1)
+    asked = request(cond_video_latents=None, cond_video_pixels=pixels)
+    with Engine(engine_args()) as engine, caplog.at_level(logging.INFO, "cosmos3_fast"):
+        for _ in range(2):
+            engine.step(asked)
+    said = [line for line in caplog.messages if line.startswith("prepared")]
+    assert len(said) == 2, said
+    assert re.fullmatch(r"prepared the encoder of \(1, 3, 1, 80, 96\) in \d+\.\d\d s", said[1])
+    assert re.fullmatch(r"prepared ShapeKey\(.*\), guided True, in \d+\.\d\d s", said[0])
 
 
 def test_warmup_leaves_the_result_as_it_is():

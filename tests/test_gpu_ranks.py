@@ -99,11 +99,12 @@ def test_replays_with_delays_keep_every_bit(count: int, mesh: tuple[int, int]) -
 TP_MESHES = {count: [mesh for mesh in MESHES[count] if mesh[1] > 1] for count in (2, 4)}
 
 
+@pytest.mark.parametrize("sums", ["all-reduce", "nccl"])
 @pytest.mark.parametrize(("count", "mesh"), by_gpus(TP_MESHES))
-def test_replays_with_every_sum_in_one_kernel_keep_every_bit(
-    count: int, mesh: tuple[int, int]
+def test_replays_with_other_sums_keep_every_bit(
+    count: int, mesh: tuple[int, int], sums: str
 ) -> None:
-    replay_with_delays(count, mesh, "--fused")
+    replay_with_delays(count, mesh, "--sums", sums, "--replays", "2000", "--requests", "20")
 
 
 # Lost ranks. (what happens in the middle of a request, on which rank, cfg x tp, the cause)

@@ -168,7 +168,7 @@ def test_one_rank_is_the_identity() -> None:
 
 
 def test_an_unknown_collective_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'auto', 'nccl', 'symmetric'.*'ring'"):
+    with pytest.raises(ValueError, match=r"'auto', 'symmetric', 'nccl'.*'ring'"):
         Mesh(torch.device("cpu"), collective="ring")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from cosmos3_fast import parallel_sum
 from cosmos3_fast.config import (
     Cosmos3PolicyWNArgs,
     DeviceConfig,
@@ -32,6 +34,7 @@ from cosmos3_fast.testing.parts import StepParts
 from cosmos3_fast.testing.requests import Workload
 
 SQUARE = {"cuda": 8192, "cpu": 256}  # sides of the product that gives a device's rate
+SUMS = ("table", "fused", "all-reduce", "nccl")
 FRESH = 5  # requests with a prompt never seen
 FIRST_SEED = 1000
 
@@ -45,6 +48,7 @@ def engine_args(
     decode: bool = False,
     graph: bool = True,
     deadline_s: float = 120.0,
+    collective: str = "auto",
 ) -> EngineArgs:
     """The arguments that benchmarks share: the native schedule of a folder's configuration."""
     return EngineArgs(
@@ -54,9 +58,21 @@ def engine_args(
         config=EngineConfig(
             device=DeviceConfig(device, dtype),
             parallel=parallel or ParallelConfig(),
-            runtime=RuntimeConfig(use_cuda_graph=graph, step_deadline_s=deadline_s),
+            runtime=RuntimeConfig(
+                use_cuda_graph=graph, step_deadline_s=deadline_s, collective=collective
+            ),
         ),
     )
+
+
+def choose_sums(how: str, tp_size: int) -> str:
+    """How this process makes every sum over ranks from now on, one of SUMS -> what to pass as
+    `collective`. "table": as the engine does; "fused": in one kernel with residual and norm;
+    "all-reduce": apart from them, by torch's two-shot or NCCL; "nccl": by NCCL.
+    """
+    if how in ("fused", "all-reduce"):
+        parallel_sum.FUSED_BYTES = {tp_size: sys.maxsize} if how == "fused" else {}
+    return "nccl" if how == "nccl" else "auto"
 
 
 @contextmanager
