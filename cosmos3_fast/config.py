@@ -106,8 +106,7 @@ class RuntimeConfig:
     `step_deadline_s`: seconds one request may take over several ranks before the watchdog ends the
     process. `max_graphs`, `max_prompts`: how many captured shapes, prompts' keys and values stay.
     `decode_max_bytes`: activation memory the VAE may plan with before it decodes in latent-frame
-    groups. `collective`: GPU ranks' sums, "auto" by the tables of what is faster, "symmetric"
-    through shared memory wherever it can be, "nccl" by NCCL, the reference.
+    groups. `collective`: of GPU ranks' sums; by tables, in shared memory, or NCCL, the reference.
     """
 
     use_cuda_graph: bool = True
