@@ -2,13 +2,16 @@
 
 `pytest bench --benchmark-save=NAME` stores under bench/baselines/<gpu>/, without host names;
 `--benchmark-compare --benchmark-compare-fail=median:5%` compares with what is stored there, by any
-Python, and is refused where nothing is.
+Python, and is refused where nothing is. Times that are taken on a device, or in other processes,
+are benchmarks too (`recorded`). Kernels' rows stand in one table at the end (`figures`).
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,10 @@ import torch
 
 from cosmos3_fast.__main__ import forget_clone
 from cosmos3_fast.engine import Engine
+from cosmos3_fast.graph import Captured
 from cosmos3_fast.testing import fill_random, make_nano_folder, make_tiny_checkpoint
 from cosmos3_fast.testing.machine import folder_name, machine
-from cosmos3_fast.testing.measure import engine_args, gemm_rate
+from cosmos3_fast.testing.measure import engine_args, gemm_rate, timed
 from cosmos3_fast.testing.requests import WORKLOADS, Workload
 
 sys.path[:] = forget_clone(sys.path)  # which `python -m pytest` put there: see __main__
@@ -27,7 +31,74 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
 BASELINES = Path(__file__).parent / "baselines"
+COPIED_BYTES = 256 << 20 if GPU else 1 << 20  # of one copy, past L2
+COLUMNS = ("kernel", "size", "us", "rate", "share", "ratio", "to")
 STORED_FACTS = ("python_version", "python_implementation", "system", "machine")
+
+
+class DeviceClock:
+    """A timer for pytest-benchmark that measured seconds alone move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def device_seconds(self) -> float:
+        return self.now
+
+
+CLOCK = DeviceClock()
+
+
+@dataclass
+class Figures:
+    """What kernels reached, beside the rates of copies and of large products in the same run."""
+
+    copies: float  # GB/s, read and written
+    products: float  # TFLOP/s
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def least(self, nbytes: int, flop: int = 0) -> float:
+        """Seconds that the roofline gives to so many bytes and FLOP."""
+        return max(nbytes / self.copies / 1e9, flop / self.products / 1e12)
+
+    def kernel(
+        self, name: str, size: str, seconds: float, nbytes: int, flop: int, ratio: float, to: str
+    ) -> dict[str, float]:
+        """A row of the table, and the same for extra_info. `ratio`: the time of `to` over
+        `seconds`.
+        """
+        least = self.least(nbytes, flop)
+        unit, work = (
+            ("GB/s", nbytes / 1e9) if least > self.least(0, flop) else ("TFLOP/s", flop / 1e12)
+        )
+        found = {unit: work / seconds, "share of roofline": least / seconds}
+        return self._add(name, size, seconds, found, f"{least / seconds:.2f}", ratio, to)
+
+    def host(
+        self, name: str, size: str, seconds: float, numbers: int, ratio: float, to: str
+    ) -> dict[str, float]:
+        """The same of something on the host, which has no roofline here."""
+        return self._add(name, size, seconds, {"M/s": numbers / seconds / 1e6}, "", ratio, to)
+
+    def _add(
+        self, name: str, size: str, seconds: float, found: dict, share: str, ratio: float, to: str
+    ) -> dict[str, float]:
+        unit, rate = next(iter(found.items()))
+        text = f"{rate:.0f} {unit}" if rate >= 100 else f"{rate:.3g} {unit}"
+        row = (name, size, f"{seconds * 1e6:.1f}", text, share, f"{ratio:.2f}", to)
+        self.rows.append(row)
+        info = {"us": seconds * 1e6, **found, f"{to} / ours": ratio}
+        return {k: round(v, 3) for k, v in info.items()}
+
+    def lines(self) -> list[str]:
+        """The table, under what its shares are of."""
+        table = [COLUMNS, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        head = f"copies {self.copies:.0f} GB/s, large products {self.products:.4g} TFLOP/s"
+        return [head, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)]
+
+
+FIGURES = pytest.StashKey[Figures]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,6 +121,22 @@ def pytest_configure(config: pytest.Config) -> None:
     compare = getattr(option, "benchmark_compare", None)
     if compare and option.benchmark_storage.startswith("file://"):
         option.benchmark_compare = str(stored(option.benchmark_storage, compare))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Benchmarks that record measured seconds read the clock that those move."""
+    if "recorded" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK.device_seconds))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The kernels' table, if any ran, after pytest-benchmark's."""
+    found = config.stash.get(FIGURES, None)
+    if found is not None and found.rows:
+        terminalreporter.section("kernels")
+        for line in found.lines():
+            terminalreporter.write_line(line)
 
 
 def stored(storage: str, compare: str | bool) -> Path:
@@ -102,3 +189,41 @@ def engine(folder: Path) -> Any:
 def rate() -> float:
     """TFLOP/s of large products on this device."""
     return gemm_rate(DEVICE, DTYPE)
+
+
+@pytest.fixture(scope="session")
+def figures(request: pytest.FixtureRequest, rate: float) -> Figures:
+    """The table of kernels."""
+    found = request.config.stash[FIGURES] = Figures(copy_rate(), rate)
+    return found
+
+
+def copy_rate(rounds: int = 10) -> float:
+    """GB/s, read and written, of large copies of random numbers, the median of `rounds`."""
+    pairs = [torch.randn(2, COPIED_BYTES // 4, device=DEVICE) for _ in range(3)]
+
+    def copies() -> None:
+        for into, source in pairs:
+            into.copy_(source)
+
+    graph = Captured(copies, DEVICE, True)
+    times = [timed(graph, DEVICE, 3) for _ in range(rounds + 2)][2:]
+    graph.reset()
+    return len(pairs) * 2 * COPIED_BYTES / statistics.median(times) / 1e6
+
+
+@pytest.fixture
+def recorded(benchmark: Any) -> Callable[..., float | None]:
+    """record(measure, rounds, warmup_rounds): every round of the benchmark is the seconds that a
+    call of `measure` returns, whatever the host's clock says. Gives their median, None under
+    --benchmark-disable.
+    """
+
+    def record(measure: Callable[[], float], rounds: int, warmup_rounds: int = 0) -> float | None:
+        def one() -> None:
+            CLOCK.now += measure()
+
+        benchmark.pedantic(one, rounds=rounds, warmup_rounds=warmup_rounds)
+        return None if benchmark.stats is None else benchmark.stats.stats.median
+
+    return record

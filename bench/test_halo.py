@@ -1,6 +1,7 @@
-"""The halo convolution's input kernel: microseconds a call, GB/s, ratio to the torch reference.
+"""The halo convolution's input kernel: microseconds a call, share of a copy's rate, ratio to torch.
 
-On a GPU at the shapes of D's decoder, in bf16, in a captured graph; without one, small shapes
+On a GPU at the shapes of D's decoder, in bf16, in a captured graph by device events, in turn with
+the torch reference; without one, small shapes
 through the CPU twin, so that the suite itself stays alive. Every benchmark compares its result with
 the reference in float64 first and gives no number if that fails. Several ranks: see
 tests/gpu_halo_ranks.py, which times the exchange after checking it.
@@ -8,19 +9,23 @@ tests/gpu_halo_ranks.py, which times the exchange after checking it.
 
 from __future__ import annotations
 
-import time
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from cosmos3_fast.graph import Captured
 from cosmos3_fast.kernels import reference_conv
 from cosmos3_fast.ops import halo
+from cosmos3_fast.testing.measure import timed
 
 GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda:0", torch.bfloat16) if GPU else ("cpu", torch.float32)
-CALLS = 6
+DEVICE, DTYPE = (
+    (torch.device("cuda:0"), torch.bfloat16) if GPU else (torch.device("cpu"), torch.float32)
+)
+CALLS, ROTATED_BYTES = 6, 128 << 20 if GPU else 0
 BORDER, RIGHT_BOTTOM = (1, 1, 1, 1), (0, 1, 0, 1)
 LAST = torch.channels_last_3d
 
@@ -74,49 +79,40 @@ def gate(case: Case) -> None:
     assert (halo.conv_input(**inputs) - truth).abs().max() <= max(2 * eager, floor)
 
 
-def repeated(run: Callable, inputs: dict) -> Callable[[], None]:
-    """A function that makes CALLS calls, on two inputs in turn, and waits for them."""
-    other = inputs | {"x": inputs["x"].clone(memory_format=LAST)}
+def repeated(run: Callable, sets: list[dict]) -> Captured[None]:
+    """CALLS calls on the sets in turn. The last result of each set is kept, so that results take
+    turns in memory as inputs do.
+    """
+    results: list[object] = [None] * len(sets)
 
     def calls() -> None:
         for i in range(CALLS):
-            run(**(other if i % 2 else inputs))
+            results[i % len(sets)] = run(**sets[i % len(sets)])
 
-    calls()
-    if not GPU:
-        return calls
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-
-    def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
-
-    return replay
+    return Captured(calls, DEVICE, True)
 
 
 @pytest.mark.parametrize("name", CASES if GPU else SMALL)
-def test_conv_input(benchmark, name):
+def test_conv_input(benchmark, recorded, figures, name):
     case = (CASES if GPU else SMALL)[name]
     gate(case)
-    inputs, times = make(case), []
-    plain = repeated(reference_conv.conv_input, inputs)
-    for _ in range(5):
-        begin = time.perf_counter()
-        plain()
-        times.append((time.perf_counter() - begin) / CALLS)
-    del plain
-    ours = repeated(halo.conv_input, inputs)
-    benchmark.pedantic(ours, rounds=20, warmup_rounds=2)
-    if benchmark.stats is None:  # --benchmark-disable
+    inputs = make(case)
+    nbytes = (inputs["x"].numel() + halo.conv_input(**inputs).numel()) * DTYPE.itemsize
+    count = max(2, min(CALLS, ROTATED_BYTES // nbytes + 1))
+    sets = [inputs | {"x": inputs["x"].clone(memory_format=LAST)} for _ in range(count)]
+    plain = repeated(reference_conv.conv_input, sets)
+    ours = repeated(halo.conv_input, sets)
+    others = []
+
+    def measure() -> float:
+        others.append(timed(plain, DEVICE) / CALLS / 1e3)
+        return timed(ours, DEVICE, 2) / CALLS / 1e3
+
+    seconds = recorded(measure, rounds=12, warmup_rounds=2)
+    plain.reset()
+    ours.reset()
+    if seconds is None:
         return
-    seconds = benchmark.stats.stats.median / CALLS
-    elements = inputs["x"].numel() + halo.conv_input(**inputs).numel()
-    info = {
-        "us": seconds * 1e6,
-        "GB/s": elements * DTYPE.itemsize / seconds / 1e9,
-        "torch / ours": sorted(times)[2] / seconds,
-    }
-    benchmark.extra_info.update({k: round(v, 2) for k, v in info.items()})
+    ratio = statistics.median(others[2:]) / seconds
+    info = figures.kernel("conv_input", name, seconds, nbytes, 0, ratio, "torch")
+    benchmark.extra_info.update(info)

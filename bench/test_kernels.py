@@ -1,38 +1,94 @@
-"""Every kernel through `ops`: microseconds a call, GB/s or TFLOP/s, ratio to the torch reference.
+"""Every kernel through `ops`: microseconds a call, share of its roofline, ratio to torch.
 
-On a GPU at the sizes of D, E and S (DESIGN.md): a captured graph of calls whose inputs rotate past
-L2. Without one, tiny shapes through the reference, so that the suite itself stays alive. Every
+On a GPU at the sizes of D, E and S (`testing.requests`), "guided" being both branches of D: a
+captured graph of calls whose inputs and results rotate past L2, in turn with torch's, by device
+events. Without one, tiny shapes through the reference, so that the suite itself stays alive. Every
 benchmark compares its result with the reference in float64 first and gives no number if that fails.
+
+The roofline is the longer of a call's bytes at the rate of large copies and its FLOP at that of
+large products, both measured in the same run (conftest.py, which prints the table). The ratio is to
+the torch reference, that of attention to torch's own over keys concatenated beforehand, without a
+mask.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cosmos3_fast import ops
+from cosmos3_fast.graph import Captured
 from cosmos3_fast.kernels import reference
+from cosmos3_fast.testing.measure import timed
 
 GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-ROWS = {"S": 406, "E": 1966, "D": 3093} if GPU else {"tiny": 63}
+DEVICE, DTYPE = (
+    (torch.device("cuda:0"), torch.bfloat16) if GPU else (torch.device("cpu"), torch.float32)
+)
 HIDDEN, INNER, DIM, QUERIES, KEYS = (4096, 12288, 128, 32, 8) if GPU else (64, 128, 16, 8, 2)
 UND, CAPACITY, STEPS = (160, 256, 4) if GPU else (5, 8, 4)
-ROTATED_BYTES, CALLS = (128 << 20, 100) if GPU else (0, 2)
+ROTATED_BYTES, ROUNDS, REPLAYS = (128 << 20, 12, 2) if GPU else (0, 5, 1)
+LEAST_CALLS, MOST_CALLS = (10, 100) if GPU else (2, 2)
+GRAPH_SECONDS = 3e-3  # of a graph at its roofline, between the least and the most calls
+
+
+@dataclass(frozen=True)
+class Size:
+    """Tokens of a branch, branches in one call, canvas of the picture (height, width)."""
+
+    tokens: int
+    canvas: tuple[int, int]
+    branches: int = 1
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.branches
+
+    @property
+    def values(self) -> int:
+        """Of the flat state, as many for two branches."""
+        return 192 * self.tokens
+
+
+SIZES = {
+    "S": Size(406, (480, 832)),
+    "E": Size(1966, (480, 832)),
+    "D": Size(3093, (544, 736)),
+    "guided": Size(3093, (544, 736), 2),
+}
+TINY = {"tiny": Size(63, (6, 10)), "guided": Size(63, (6, 10), 2)}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What torch does instead, on inputs that are made of the kernel's ahead of time."""
+
+    name: str
+    run: Callable
+    prepare: Callable[[tuple], tuple]
 
 
 @dataclass(frozen=True)
 class Op:
-    """Inputs of a call; which of them, or the result (-1), is compared; bytes, FLOP of a call."""
+    """Inputs of a call; which of them, or the result (-1), is compared; bytes, FLOP of a call.
 
-    make: Callable[[int], tuple]
+    `branched`: two branches make another call of it. `exact`: the result in float64, for inputs
+    that are no floating numbers.
+    """
+
+    make: Callable[[Size], tuple]
     compared: int
-    nbytes: Callable[[int], int]
-    flop: Callable[[int], int] | None = None
+    nbytes: Callable[[Size], int]
+    flop: Callable[[Size], int] = lambda _: 0
+    branched: bool = True
+    peer: Peer | None = None
+    exact: Callable | None = None
 
 
 def random(*shape: int, dtype=DTYPE) -> torch.Tensor:
@@ -47,7 +103,8 @@ def step() -> torch.Tensor:
     return torch.ones(1, device=DEVICE, dtype=torch.int32)
 
 
-def make_qkv(rows: int) -> tuple:
+def make_qkv(size: Size) -> tuple:
+    rows = size.rows
     angle = random(rows, DIM // 2, dtype=torch.float32)
     weights = random(DIM), random(DIM)
     outputs = {"q_out": QUERIES, "k_out": KEYS, "v_out": KEYS}
@@ -56,60 +113,95 @@ def make_qkv(rows: int) -> tuple:
     return qkv, *weights, angle.cos(), angle.sin(), 1e-6, outputs
 
 
-def make_state(rows: int) -> tuple:
-    size = 192 * rows
-    state = [random(size, dtype=torch.float32) for _ in range(5)]
+def make_state(size: Size) -> tuple:
+    state = [random(size.values, dtype=torch.float32) for _ in range(5)]
     coef = random(STEPS, 10, dtype=torch.float32) / 4
-    return random(2, size), *state, mark(size), coef, step(), random(size)
+    velocity = random(size.branches, size.values)
+    return velocity, *state, mark(size.values), coef, step(), random(size.values)
 
 
-def make_attention(rows: int) -> tuple:
-    k, v, und_k, und_v = (random(1, n, KEYS, DIM) for n in (rows, rows, CAPACITY, CAPACITY))
-    und_len = torch.full((1,), UND, device=DEVICE, dtype=torch.int32)
-    return random(1, rows, QUERIES, DIM), k, v, und_k, und_v, und_len
+def make_attention(size: Size) -> tuple:
+    count, rows = size.branches, size.tokens
+    k, v, und_k, und_v = (random(count, n, KEYS, DIM) for n in (rows, rows, CAPACITY, CAPACITY))
+    und_len = torch.full((count,), UND, device=DEVICE, dtype=torch.int32)
+    return random(count, rows, QUERIES, DIM), k, v, und_k, und_v, und_len
 
 
-def make_causal(rows: int) -> tuple:
+def make_causal(size: Size) -> tuple:
+    rows = size.tokens
     return random(rows, QUERIES, DIM), random(rows, KEYS, DIM), random(rows, KEYS, DIM)
 
 
+def make_frame(size: Size) -> tuple:
+    return (torch.randint(0, 256, (1, *size.canvas, 3), device=DEVICE, dtype=torch.uint8),)
+
+
+def whole_keys(inputs: tuple) -> tuple:
+    """(q, k, v) [B, heads, tokens, D] of attention's inputs."""
+    q, k, v, und_k, und_v, _ = inputs
+    keys, values = torch.cat((k, und_k[:, :UND]), 1), torch.cat((v, und_v[:, :UND]), 1)
+    return tuple(x.transpose(1, 2) for x in (q, keys, values))
+
+
+def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
 SIZE = DTYPE.itemsize
+HEADS = QUERIES + KEYS
 OPS = {
     "rms_norm": Op(
-        lambda m: (random(m, HIDDEN), random(HIDDEN), 1e-6), -1, lambda m: 2 * m * HIDDEN * SIZE
+        lambda s: (random(s.rows, HIDDEN), random(HIDDEN), 1e-6),
+        -1,
+        lambda s: 2 * s.rows * HIDDEN * SIZE,
     ),
     "add_rms_norm": Op(
-        lambda m: (random(m, HIDDEN), random(m, HIDDEN), random(HIDDEN), 1e-6),
+        lambda s: (random(s.rows, HIDDEN), random(s.rows, HIDDEN), random(HIDDEN), 1e-6),
         -1,
-        lambda m: 4 * m * HIDDEN * SIZE,
+        lambda s: 4 * s.rows * HIDDEN * SIZE,
     ),
-    "qk_norm_rope": Op(make_qkv, 6, lambda m: 2 * m * (QUERIES + 2 * KEYS) * DIM * SIZE),
-    "silu_mul": Op(lambda m: (random(m, 2 * INNER),), -1, lambda m: 3 * m * INNER * SIZE),
+    "qk_norm_rope": Op(make_qkv, 6, lambda s: s.rows * DIM * (2 * (QUERIES + 2 * KEYS) * SIZE + 4)),
+    "silu_mul": Op(lambda s: (random(s.rows, 2 * INNER),), -1, lambda s: 3 * s.rows * INNER * SIZE),
     "gate_up_silu": Op(
-        lambda m: (random(m, HIDDEN), random(2 * INNER, HIDDEN) / HIDDEN**0.5),
+        lambda s: (random(s.rows, HIDDEN), random(2 * INNER, HIDDEN) / HIDDEN**0.5),
         -1,
-        lambda m: (m * HIDDEN + 2 * INNER * HIDDEN + m * INNER) * SIZE,
-        lambda m: 4 * m * HIDDEN * INNER,
+        lambda s: (s.rows * HIDDEN + 2 * INNER * HIDDEN + s.rows * INNER) * SIZE,
+        lambda s: 4 * s.rows * HIDDEN * INNER,
     ),
     "timestep_add": Op(
-        lambda m: (random(m, HIDDEN), random(STEPS, HIDDEN), step(), mark(m)),
+        lambda s: (random(s.rows, HIDDEN), random(STEPS, HIDDEN), step(), mark(s.rows)),
         -1,
-        lambda m: 2 * m * HIDDEN * SIZE,
+        lambda s: 2 * (s.rows - -(-s.rows // 9)) * HIDDEN * SIZE,
     ),
-    "unipc_step": Op(make_state, 1, lambda m: 192 * m * (3 * SIZE + 37)),
+    "unipc_step": Op(make_state, 1, lambda s: s.values * ((s.branches + 1) * SIZE + 37)),
     "attention": Op(
         make_attention,
         -1,
-        lambda m: 2 * m * DIM * (QUERIES + KEYS) * SIZE,
-        lambda m: 4 * m * (m + UND) * DIM * QUERIES,
+        lambda s: 2 * (s.rows * HEADS + s.branches * UND * KEYS) * DIM * SIZE,
+        lambda s: 4 * s.rows * (s.tokens + UND) * DIM * QUERIES,
+        peer=Peer("torch SDPA", torch_attention, whole_keys),
     ),
     "causal_attention": Op(
         make_causal,
         -1,
-        lambda m: 2 * m * DIM * (QUERIES + KEYS) * SIZE,
-        lambda m: 2 * m * m * DIM * QUERIES,
+        lambda s: 2 * s.rows * DIM * HEADS * SIZE,
+        lambda s: 2 * s.rows * s.rows * DIM * QUERIES,
+        branched=False,
+    ),
+    "image_to_tensor": Op(
+        make_frame,
+        -1,
+        lambda s: 3 * s.canvas[0] * s.canvas[1] * 5,
+        branched=False,
+        exact=lambda x: x.permute(3, 0, 1, 2).double() / 127.5 - 1,
     ),
 }
+CASES = [
+    pytest.param(name, size, id=f"{name}-{size}")
+    for name, op in OPS.items()
+    for size, held in (SIZES if GPU else TINY).items()
+    if op.branched or held.branches == 1
+]
 
 
 def call(run: Callable, inputs: tuple) -> object:
@@ -135,12 +227,12 @@ def compared(op: Op, run: Callable, inputs: tuple) -> list[torch.Tensor]:
     return list(result.values()) if isinstance(result, dict) else [result]
 
 
-def gate(name: str, rows: int) -> None:
+def gate(name: str, size: Size) -> None:
     """The result lies within twice the reference's own error, or two ulp, of float64."""
     op, plain = OPS[name], getattr(reference, name)
-    inputs = op.make(rows)
+    inputs = op.make(size)
     eager = compared(op, plain, copied(inputs, torch.clone))
-    truth = compared(op, plain, copied(inputs, torch.Tensor.double))
+    truth = compared(op, op.exact or plain, copied(inputs, torch.Tensor.double))
     for got, small, exact in zip(
         compared(op, getattr(ops, name), inputs), eager, truth, strict=True
     ):
@@ -149,49 +241,76 @@ def gate(name: str, rows: int) -> None:
         assert (got - exact).abs().max() <= bound
 
 
-def repeated(run: Callable, op: Op, rows: int) -> tuple[Callable[[], None], int]:
-    """A function that makes a number of calls and waits for them, and that number."""
-    sets = [op.make(rows) for _ in range(max(2, min(40, ROTATED_BYTES // op.nbytes(rows) + 1)))]
-    sets *= -(-CALLS // len(sets))
+def repeated(run: Callable, sets: list[tuple], count: int) -> Captured[None]:
+    """`count` calls on the sets in turn. The last result of each set is kept, so that results take
+    turns in memory as inputs do.
+    """
+    results: list[object] = [None] * len(sets)
 
     def calls() -> None:
-        for inputs in sets:
-            call(run, inputs)
+        for i in range(count):
+            results[i % len(sets)] = call(run, sets[i % len(sets)])
 
-    calls()
-    if not GPU:
-        return calls, len(sets)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-
-    def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
-
-    return replay, len(sets)
+    return Captured(calls, DEVICE, True)
 
 
-@pytest.mark.parametrize("size", ROWS)
-@pytest.mark.parametrize("name", OPS)
-def test_kernel(benchmark, name, size):
-    op, rows = OPS[name], ROWS[size]
+def take_turns(name: str, sets: list[tuple], count: int) -> tuple[Callable, list[float], Callable]:
+    """Seconds of a call of ours, torch's appended to a list first; what gives the graphs back."""
+    peer = OPS[name].peer
+    ours = repeated(getattr(ops, name), sets, count)
+    if peer is None:
+        plain = repeated(getattr(reference, name), sets, count)
+    else:
+        plain = repeated(peer.run, [peer.prepare(x) for x in sets], count)
+    others: list[float] = []
+
+    def seconds(graph: Captured[None]) -> float:
+        return timed(graph, DEVICE, REPLAYS) / count / 1e3
+
+    def measure() -> float:
+        others.append(seconds(plain))
+        return seconds(ours)
+
+    def close() -> None:
+        ours.reset()
+        plain.reset()
+
+    return measure, others, close
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_kernel(benchmark, recorded, figures, name, size):
+    op, shape = OPS[name], (SIZES if GPU else TINY)[size]
+    nbytes, flop = op.nbytes(shape), op.flop(shape)
     torch.manual_seed(0)
-    gate(name, rows)
-    plain, count = repeated(getattr(reference, name), op, rows)
-    times = []
+    gate(name, shape)
+    count = int(GRAPH_SECONDS / figures.least(nbytes, flop))
+    count = max(LEAST_CALLS, min(MOST_CALLS, count))
+    sets = [op.make(shape) for _ in range(max(2, min(count, ROTATED_BYTES // nbytes + 1)))]
+    measure, others, close = take_turns(name, sets, count)
+    seconds = recorded(measure, ROUNDS, warmup_rounds=2)
+    close()
+    if seconds is None:
+        return
+    ratio = statistics.median(others[2:]) / seconds
+    to = op.peer.name if op.peer else "torch"
+    benchmark.extra_info.update(figures.kernel(name, size, seconds, nbytes, flop, ratio, to))
+
+
+@pytest.mark.parametrize("size", [x for x, s in (SIZES if GPU else TINY).items() if s.branches < 2])
+def test_noise(benchmark, figures, size):
+    """A request's starting noise, on the host: numpy's numbers bit for bit, then the time."""
+    count = (SIZES if GPU else TINY)[size].values
+    others = []
     for _ in range(5):
         begin = time.perf_counter()
-        plain()
-        times.append((time.perf_counter() - begin) / count)
-    ours, count = repeated(getattr(ops, name), op, rows)
-    benchmark.pedantic(ours, rounds=20, warmup_rounds=2)
+        truth = reference.legacy_normal(7, count)
+        others.append(time.perf_counter() - begin)
+    assert torch.equal(ops.legacy_normal(7, count), truth)
+    benchmark.pedantic(ops.legacy_normal, (7, count), rounds=10, warmup_rounds=1)
     if benchmark.stats is None:  # --benchmark-disable
         return
-    seconds = benchmark.stats.stats.median / count
-    rate = {"GB/s": op.nbytes(rows) / seconds / 1e9}
-    if op.flop:
-        rate = {"TFLOP/s": op.flop(rows) / seconds / 1e12}
-    info = {"us": seconds * 1e6, **rate, "torch / ours": sorted(times)[2] / seconds}
-    benchmark.extra_info.update({k: round(v, 2) for k, v in info.items()})
+    seconds = benchmark.stats.stats.median
+    ratio = statistics.median(others) / seconds
+    info = figures.host("legacy_normal", size, seconds, count, ratio, "numpy")
+    benchmark.extra_info.update(info)
