@@ -7,8 +7,8 @@ serves every prompt length up to the buffer's capacity, and what lies past the l
 Accumulation is float32 (online_softmax.py). A program's rows are (token, head of the group) pairs:
 all heads of a group share the keys it loads.
 
-Hopper GPUs have a kernel of their own (attention_hopper.py) for what models use; this one, Triton's
-own, takes everything.
+Hopper GPUs have a kernel of their own (attention_hopper.py) for what models use, where its table
+says that it is faster; this one, Triton's own, takes everything.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_hopper import HopperTile, launch_hopper, takes
+from .attention_hopper import TILES as HOPPER_TILES
+from .attention_hopper import HopperTile, choice, launch_hopper, takes
 from .online_softmax import Tile, check_heads, descriptor, is_flat, log2_scale, over_keys
 
 __all__ = [
@@ -134,7 +135,7 @@ def attention_hopper(
     und_len: torch.Tensor,
     *,
     out: torch.Tensor | None = None,
-    tile: HopperTile | None = None,
+    tile: HopperTile = HOPPER_TILES["hopper-2"],
 ) -> torch.Tensor:
     """`attention` in one launch on a Hopper GPU: bfloat16, head_dim 128; shapes as there."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
@@ -158,5 +159,11 @@ def attention(
     und_len [B] int32 on the device, 0 to C, which is not checked. Batch and row may be strided,
     heads are packed; N >= 1. What runs is a matter of the GPU, the shapes, strides and the dtype.
     """
-    run = attention_hopper if takes(q, k, v, und_k, und_v) else attention_triton
-    return run(q, k, v, und_k, und_v, und_len, out=out)
+    way = "triton"
+    if takes(q, k, v, und_k, und_v):
+        batch, tokens, heads, _ = q.shape
+        way = choice(tokens, batch * heads, heads // k.shape[2])
+    if way == "triton":
+        return attention_triton(q, k, v, und_k, und_v, und_len, out=out)
+    tile = HOPPER_TILES[way]
+    return attention_hopper(q, k, v, und_k, und_v, und_len, out=out, tile=tile)

@@ -16,6 +16,7 @@ Source: FlashAttention-3 (Shah et al. 2024).
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gpu import is_hopper, processors
 from .hopper_roles import BOX, DIM, KEYS_LAYOUT, ROWS, SWIZZLE, consume, produce
+from .nearest import nearest
 from .online_softmax import log2_scale
 
 
@@ -39,11 +41,20 @@ class HopperTile(NamedTuple):
     registers: int
 
 
-# Microseconds on an H200, bf16, 160 UND keys, of the first, the second and Triton's kernel in one
-# run: 3093 tokens and 32/8 heads 263.7, 253.1, 327.9; two branches of it 558.0, 565.6, 695.7; 16/4
-# heads 131.7, 136.9, 160.0; 8/2 heads 90.3, 71.1, 107.8; 1966 tokens 120.8, 134.6, 158.1; 406
-# tokens 15.7, 20.4, 17.5. Without turns 291 at the first of these; 64 keys there were slower, too.
-TILES = (HopperTile(2, 128, 2, 240), HopperTile(3, 64, 4, 160))
+TILES = {"hopper-2": HopperTile(2, 128, 2, 240), "hopper-3": HopperTile(3, 64, 4, 160)}
+
+# Which one runs, or "triton" (attention.py's kernel), by (tokens, query heads over the batch, heads
+# of a group); elsewhere the nearest row in log scale. `cosmos3-fast bench --tune` prints rows.
+# H200, bf16, 160 UND keys: microseconds of hopper-2, hopper-3, triton. Without turns hopper-2 takes
+# 291 at (3093, 32, 4); 64 keys a block were slower there, too.
+ATTENTION_CHOICE = {
+    (406, 32, 4): "hopper-2",  # 15.7, 20.4, 17.5
+    (1966, 32, 4): "hopper-2",  # 120.8, 134.6, 158.1
+    (3093, 8, 4): "hopper-3",  # 90.3, 71.1, 107.8
+    (3093, 16, 4): "hopper-2",  # 131.7, 136.9, 160.0
+    (3093, 32, 4): "hopper-3",  # 263.7, 253.1, 327.9
+    (3093, 64, 4): "hopper-2",  # 558.0, 565.6, 695.7
+}
 
 _ROWS, _DIM = gl.constexpr(ROWS), gl.constexpr(DIM)
 
@@ -122,14 +133,10 @@ def packed(group: int) -> int:
     return group if ROWS % group == 0 else 1
 
 
-def tile_for(tokens: int, heads: int, group: int, programs: int) -> HopperTile:
-    """The tile whose longest program has the fewest rows; heads are counted over the batch."""
-
-    def longest(tile: HopperTile) -> int:
-        rows, pack = tile.consumers * ROWS, packed(group)
-        return triton.cdiv(triton.cdiv(tokens * pack, rows) * (heads // pack), programs) * rows
-
-    return min(TILES, key=longest)
+@functools.lru_cache(4096)
+def choice(tokens: int, heads: int, group: int) -> str:
+    """A name of TILES or "triton"; heads are counted over the batch, `group` of them share keys."""
+    return nearest(ATTENTION_CHOICE, (tokens, heads, group))
 
 
 def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
@@ -146,7 +153,7 @@ def launch_hopper(
     und_len: torch.Tensor,
     out: torch.Tensor,
     *,
-    tile: HopperTile | None = None,
+    tile: HopperTile,
 ) -> None:
     """`attention` into out; shapes as there, and what `takes` says."""
     assert takes(q, k, v, und_k, und_v), (q.device, q.dtype, q.shape, q.stride(), k.stride())
@@ -156,7 +163,6 @@ def launch_hopper(
     if not und_k.shape[1]:  # TMA has no empty tensors; none of its keys is read
         und_k, und_v = k, v
     programs, pack = processors(q.device.index), packed(group)
-    tile = tile or tile_for(tokens, batch * heads, group, programs)
     blocks = triton.cdiv(tokens * pack, tile.consumers * ROWS)
     tiles = blocks * (heads // pack) * batch
     k, v, und_k, und_v = (x.flatten(2) for x in (k, v, und_k, und_v))

@@ -15,7 +15,6 @@ Source: the division of labour of CUTLASS's warp-specialised persistent GEMM.
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 import triton
@@ -31,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gpu import is_hopper, processors
+from .nearest import nearest
 from .silu_mul import silu_mul
 
 # Rows of a tile (two warpgroups), results of one in a row, depth of a stage, stages: 224 KiB.
@@ -39,7 +39,7 @@ REGISTERS = 240, 24  # of a consumer's thread, of the producer's
 GROUP = 16  # tiles of rows that share a pass over the weight, at most; 64 is 2 to 3 % slower
 
 # Which one runs, by (rows, I) at H = 4096; elsewhere the nearest row in log scale.
-# `python tests/gpu_kernels.py` prints rows. H200 under its power limit, microseconds of "fused", of
+# `cosmos3-fast bench --tune` prints rows. H200 under its power limit, microseconds of "fused", of
 # torch.mm with silu_mul ("pair"), in turn in one run. Few tiles fill the GPU's turns badly.
 GATE_UP_CHOICE = {
     (406, 3072): "pair",  # 46.1, 38.5
@@ -266,19 +266,20 @@ def gate_up_silu_pair(
 @functools.lru_cache(4096)
 def choice(rows: int, inner: int) -> str:
     """ "fused" or "pair": the row of GATE_UP_CHOICE nearest to (rows, I) in log scale."""
-    here = [math.log(rows), math.log(inner)]
-    nearest = min(GATE_UP_CHOICE, key=lambda row: math.dist(here, [math.log(n) for n in row]))
-    return GATE_UP_CHOICE[nearest]
+    return nearest(GATE_UP_CHOICE, (rows, inner))
+
+
+def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether one launch can do it: a Hopper GPU, bfloat16, what TMA can read."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cuda" or not is_hopper(x.device.index):
+        return False
+    flat = _readable(x) and _readable(weight) and weight.is_contiguous()
+    return flat and weight.shape[0] // 2 % 8 == 0
 
 
 def is_fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `gate_up_silu` is one launch for these: by GPU, dtype and the table's nearest row."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cuda" or not is_hopper(x.device.index):
-        return False
-    inner = weight.shape[0] // 2
-    if not (_readable(x) and _readable(weight) and weight.is_contiguous() and inner % 8 == 0):
-        return False
-    return choice(x.shape[0], inner) == "fused"
+    return takes(x, weight) and choice(x.shape[0], weight.shape[0] // 2) == "fused"
 
 
 def gate_up_silu(

@@ -1,15 +1,15 @@
 """Checks and times every Triton kernel on the GPU: `python tests/gpu_kernels.py`.
 
 Correctness first (gpu_kernels_checks.py). Then a captured graph of calls whose inputs rotate past
-L2, for a few settings a kernel, beside the torch reference. A short table comes last, with the rows
-of GATE_UP_CHOICE; exit status 1 on a failed check, and then no times unless --anyway.
+L2, for a few settings a kernel, beside the torch reference. A short table comes last; exit status 1
+on a failed check, and then no times unless --anyway. Rows for tables of choices are printed by
+`cosmos3-fast bench --tune`.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,6 @@ import torch
 from gpu_kernels_checks import (
     DIM,
     HIDDEN,
-    HOPPER,
     HOPPER_TILES,
     INNER,
     KEYS,
@@ -27,8 +26,7 @@ from gpu_kernels_checks import (
     STATE,
     STEPS,
     attention_inputs,
-    gate_up_inputs,
-    gate_up_ways,
+    has_hopper,
     qkv_inputs,
     qkv_outputs,
     random,
@@ -186,8 +184,9 @@ def measure(tokens, keys, *, batch=1, heads=(QUERIES, KEYS)) -> str:
 
     taken = timed(att.attention)
     ways = {"triton": {tile: timed(att.attention_triton, tile=tile) for tile in ATTENTION_TILES}}
-    if HOPPER:
-        ways["hopper"] = {tile: timed(att.attention_hopper, tile=tile) for tile in HOPPER_TILES}
+    if has_hopper():
+        tiles = HOPPER_TILES.values()
+        ways["hopper"] = {tile: timed(att.attention_hopper, tile=tile) for tile in tiles}
     gen_only = timed(over_gen)
     where = f"attention M={tokens} N={keys} B={batch} heads {heads[0]}/{heads[1]}"
     best = []
@@ -230,21 +229,6 @@ def time_causal(tokens: int) -> str:
     )
 
 
-def time_gate_up(rows: int, inner: int) -> str:
-    """The ways of gate_up_silu in turn, and the row of GATE_UP_CHOICE."""
-    nbytes, flop = 4 * inner * HIDDEN, 4 * rows * HIDDEN * inner
-    times: dict[str, list[float]] = {}
-    for _ in range(3):
-        for way in gate_up_ways():
-            us = microseconds(
-                lambda w=way: functools.partial(w, *gate_up_inputs(rows, inner)), nbytes
-            )
-            times.setdefault(way.__name__.removeprefix("gate_up_silu_"), []).append(us)
-    us = {name: statistics.median(found) for name, found in times.items()}
-    listed = ", ".join(f"{name} {t:.1f} ({flop / t / 1e6:.0f} TFLOP/s)" for name, t in us.items())
-    return f'gate_up_silu ({rows}, {inner}): "{min(us, key=us.get)}",  # {listed}'
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="correctness only")
@@ -270,7 +254,6 @@ def main() -> int:
     short = [measure(tokens, tokens, **shape) for tokens, shape in shapes]
     if not options.attention:
         short += [time_causal(tokens) for tokens in (160, 256, 512, 1024, 2048, 3072, 4096)]
-        short += [time_gate_up(m, INNER // tp) for tp in (1, 2, 4) for m in (812, *ROWS.values())]
         for label, rows in ROWS.items():
             short += time_memory_bound(rows, label)
     print("---", *short, f"failed checks: {failures}", sep="\n", flush=True)

@@ -1,4 +1,5 @@
-"""Correctness of every Triton kernel on the GPU at the sizes of D, E and S; gpu_kernels.py runs it.
+"""Correctness of every Triton kernel on the GPU at the sizes of D, E and S, of the kernels of rows
+at odd ones too; gpu_kernels.py runs it.
 
 Error at most twice eager torch's against float64, NaN and inf past the UND length, guard bands, two
 runs bit-equal, lengths changed between replays of one graph.
@@ -28,7 +29,7 @@ from cosmos3_fast.kernels.attention_hopper import TILES as HOPPER_TILES
 from cosmos3_fast.kernels.causal_attention import causal_attention
 from cosmos3_fast.kernels.online_softmax import Tile
 
-BF16, F32 = torch.bfloat16, torch.float32
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ROWS = {"S": 406, "E": 1966, "D": 3093, "2D": 6186}
 HIDDEN, INNER, DIM, QUERIES, KEYS, STEPS = 4096, 12288, 128, 32, 8, 4
 STATE = 9 * 33 * 40 * 48 + 33 * 64  # values of D's latents and actions
@@ -40,24 +41,32 @@ def attention_plain(*inputs, **how) -> torch.Tensor:
     return att.attention_triton(*inputs, **how, tile=Tile(64, 64, 4, 3))
 
 
-HOPPER = torch.cuda.get_device_capability()[0] == 9
-PATHS = (att.attention_triton, attention_plain, *((att.attention_hopper,) if HOPPER else ()))
+@functools.cache
+def has_hopper() -> bool:
+    """Asked when a check runs: `--help` needs no GPU."""
+    return torch.cuda.get_device_capability()[0] == 9
+
+
+def paths() -> tuple[Callable[..., torch.Tensor], ...]:
+    """The ways of attention as far as this GPU has them; all dtypes by the first."""
+    hopper = (att.attention_hopper,) if has_hopper() else ()
+    return att.attention_triton, attention_plain, *hopper
 
 
 def random(*shape: int, dtype=BF16) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=F32).to(dtype)
 
 
-def qkv_inputs(rows: int, dtype=BF16) -> tuple[torch.Tensor, ...]:
+def qkv_inputs(rows: int, dtype=BF16, heads=(QUERIES, KEYS)) -> tuple[torch.Tensor, ...]:
     angle = 3 * random(rows, DIM // 2, dtype=F32)
-    qkv = random(rows, (QUERIES + 2 * KEYS) * DIM, dtype=dtype)
+    qkv = random(rows, (heads[0] + 2 * heads[1]) * DIM, dtype=dtype)
     weights = random(DIM, dtype=dtype), random(DIM, dtype=dtype)
     return (qkv, *weights, angle.cos(), angle.sin())
 
 
-def qkv_outputs(rows: int, dtype=BF16) -> dict[str, torch.Tensor]:
-    heads = {"q_out": QUERIES, "k_out": KEYS, "v_out": KEYS}
-    return {x: torch.empty(rows, n, DIM, device="cuda", dtype=dtype) for x, n in heads.items()}
+def qkv_outputs(rows: int, dtype=BF16, heads=(QUERIES, KEYS)) -> dict[str, torch.Tensor]:
+    counts = {"q_out": heads[0], "k_out": heads[1], "v_out": heads[1]}
+    return {x: torch.empty(rows, n, DIM, device="cuda", dtype=dtype) for x, n in counts.items()}
 
 
 def state_inputs(branches: int, dtype=BF16) -> list[torch.Tensor]:
@@ -92,16 +101,16 @@ def host_attention(q, k, v, und_k, und_v, lengths) -> torch.Tensor:
     return torch.cat(results)
 
 
-def check_rms_norm(rows: int, dtype: torch.dtype) -> None:
-    x, start = random(rows, HIDDEN, dtype=dtype), random(rows, HIDDEN, dtype=dtype)
-    weight = random(HIDDEN, dtype=dtype)
+def check_rms_norm(rows: int, dtype: torch.dtype, width: int = HIDDEN, gap: int = 0) -> None:
+    x = random(rows, width + gap, dtype=dtype)[:, :width]
+    start, weight = random(rows, width, dtype=dtype), random(width, dtype=dtype)
     guarded = Guarded("cuda")
-    out = guarded(rows, HIDDEN, dtype=dtype)
+    out = guarded(rows, width, dtype=dtype, gap=gap)
     rms_norm.rms_norm(x, weight, 1e-6, out=out)
     truth = reference.rms_norm(*double(x, weight), 1e-6)
     assert_close(out, reference.rms_norm(x, weight, 1e-6), truth)
-    residual = guarded(rows, HIDDEN, dtype=dtype, like=start)
-    rms_norm.add_rms_norm(x, residual, weight, 1e-6, out=out)
+    residual = guarded(rows, width, dtype=dtype, like=start, gap=gap)
+    rms_norm.add_rms_norm(x, residual, weight, 1e-6, out=out.fill_(torch.nan))
     rounded, exact = start.clone(), start.double()
     truth = reference.add_rms_norm(x.double(), exact, weight.double(), 1e-6)
     assert_close(out, reference.add_rms_norm(x, rounded, weight, 1e-6), truth)
@@ -109,10 +118,10 @@ def check_rms_norm(rows: int, dtype: torch.dtype) -> None:
     guarded.check()
 
 
-def check_qk_norm_rope(rows: int, dtype: torch.dtype) -> None:
-    inputs = qkv_inputs(rows, dtype)
+def check_qk_norm_rope(rows: int, dtype: torch.dtype, heads=(QUERIES, KEYS)) -> None:
+    inputs = qkv_inputs(rows, dtype, heads)
     guarded = Guarded("cuda")
-    eager, truth = qkv_outputs(rows, dtype), qkv_outputs(rows, torch.float64)
+    eager, truth = qkv_outputs(rows, dtype, heads), qkv_outputs(rows, torch.float64, heads)
     got = {x: guarded(*t.shape, dtype=dtype, gap=256) for x, t in eager.items()}
     qk_norm_rope.qk_norm_rope(*inputs, 1e-6, **got)
     reference.qk_norm_rope(*inputs, 1e-6, **eager)
@@ -122,10 +131,10 @@ def check_qk_norm_rope(rows: int, dtype: torch.dtype) -> None:
     guarded.check()
 
 
-def check_silu_mul(rows: int, dtype: torch.dtype) -> None:
-    gate_up = 4 * random(rows, 2 * INNER, dtype=dtype)
+def check_silu_mul(rows: int, dtype: torch.dtype, width: int = INNER, gap: int = 0) -> None:
+    gate_up = 4 * random(rows, 2 * width + gap, dtype=dtype)[:, : 2 * width]
     guarded = Guarded("cuda")
-    out = silu_mul.silu_mul(gate_up, out=guarded(rows, INNER, dtype=dtype))
+    out = silu_mul.silu_mul(gate_up, out=guarded(rows, width, dtype=dtype, gap=gap))
     assert_close(out, reference.silu_mul(gate_up), reference.silu_mul(gate_up.double()))
     guarded.check()
 
@@ -133,7 +142,7 @@ def check_silu_mul(rows: int, dtype: torch.dtype) -> None:
 def gate_up_ways() -> tuple[Callable[..., torch.Tensor], ...]:
     """The ways that GATE_UP_CHOICE names, as far as this GPU has them."""
     ways = (gate_up_silu.gate_up_silu_pair, gate_up_silu.gate_up_silu_fused)
-    return ways if torch.cuda.get_device_capability()[0] == 9 else ways[:1]
+    return ways if has_hopper() else ways[:1]
 
 
 def gate_up_inputs(rows: int, inner: int = INNER) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,17 +160,19 @@ def check_gate_up_silu(rows: int) -> None:
         guarded.check()
 
 
-def check_timestep_add(rows: int, dtype: torch.dtype) -> None:
-    start, table = random(rows, HIDDEN, dtype=dtype), random(STEPS, HIDDEN, dtype=dtype)
+def check_timestep_add(rows: int, dtype: torch.dtype, width: int = HIDDEN, gap: int = 0) -> None:
+    start, table = random(rows, width, dtype=dtype), random(STEPS, width, dtype=dtype)
     noisy = (torch.arange(rows, device="cuda") % 9 != 0).to(torch.uint8)
-    start[noisy == 0] = torch.nan
+    kept = noisy == 1
+    start[~kept] = torch.nan
     step = torch.full((1,), 3, device="cuda", dtype=torch.int32)
     guarded = Guarded("cuda")
-    x = timestep_add.timestep_add(
-        guarded(*start.shape, dtype=dtype, like=start), table, step, noisy
-    )
-    assert torch.equal(x[noisy == 1], reference.timestep_add(start, table, step, noisy)[noisy == 1])
-    assert x[noisy == 0].isnan().all()
+    x = guarded(*start.shape, dtype=dtype, like=start, gap=gap)
+    timestep_add.timestep_add(x, table, step, noisy)
+    truth = start[kept].double() + table[3].double()
+    eager = reference.timestep_add(start, table, step, noisy)[kept]
+    assert_close(x[kept], eager, truth)
+    assert torch.equal(x[kept], eager) and x[~kept].isnan().all()
     guarded.check()
 
 
@@ -222,7 +233,21 @@ def check_causal(tokens: int, dtype: torch.dtype) -> None:
     guarded.check()
 
 
+def odd_checks() -> Iterator[tuple[str, Callable[[], None]]]:
+    """The kernels of rows in both half precisions, at sizes that fill no block, rows strided."""
+    for dtype in (BF16, F16):
+        kind = str(dtype).removeprefix("torch.")
+        for width in (1, 63, 1000):
+            for check in (check_rms_norm, check_silu_mul, check_timestep_add):
+                run = functools.partial(check, 63, dtype, width, gap=5)
+                yield f"{check.__name__} 63 x {width} {kind}", run
+        for heads in ((1, 1), (63, 7), (1000, 63)):
+            run = functools.partial(check_qk_norm_rope, 63, dtype, heads)
+            yield f"check_qk_norm_rope 63 x {heads} heads {kind}", run
+
+
 def checks() -> Iterator[tuple[str, Callable[[], None]]]:
+    yield from odd_checks()
     for dtype in (BF16, F32):
         kind = str(dtype).removeprefix("torch.")
         for size, rows in ROWS.items():
@@ -239,15 +264,15 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
             ("D", [160]),
             ("D", [256, 63]),
         ):
-            check = functools.partial(check_attention, PATHS, ROWS[size], lengths, dtype)
+            check = functools.partial(check_attention, paths(), ROWS[size], lengths, dtype)
             yield f"attention {size} und {lengths} {kind}", check
         for tokens in (1, 33, 160, 257, 1000, 3001, 4096):
             yield f"causal {tokens} {kind}", functools.partial(check_causal, tokens, dtype)
-    for tile in HOPPER_TILES if HOPPER else ():
+    for tile in HOPPER_TILES.values() if has_hopper() else ():
         path = functools.partial(att.attention_hopper, tile=tile)
         check = functools.partial(check_attention, (path,), ROWS["S"], [160, 63], BF16)
         yield f"hopper {tuple(tile)}", check
-    for path in PATHS:
+    for path in paths():
         yield f"replays {path.__name__}", functools.partial(check_replays, path)
 
 

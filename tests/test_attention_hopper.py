@@ -34,7 +34,7 @@ def compile_for_sm_90(consumers: int, group: int) -> dict[str, object]:
     from cosmos3_fast.kernels import attention_hopper as hopper
 
     kernel = hopper._hopper_kernel
-    (tile,) = (t for t in hopper.TILES if t.consumers == consumers)
+    (tile,) = (t for t in hopper.TILES.values() if t.consumers == consumers)
     pack = hopper.packed(group)
     blocks = {"q_desc": [1, hopper.ROWS // pack, pack, hopper.DIM]}
     blocks |= {x: [1, tile.keys, hopper.DIM] for x in ("k_desc", "v_desc")}
@@ -127,7 +127,7 @@ SHAPES = {  # tokens, GEN keys, und_len of each batch, heads, capacity
 def hopper_tiles() -> list:
     from cosmos3_fast.kernels import attention_hopper as hopper
 
-    return [None, *hopper.TILES]
+    return list(hopper.TILES.values())
 
 
 on_hopper = pytest.mark.skipif(

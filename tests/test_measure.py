@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import platform
+import re
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -15,7 +19,7 @@ from cosmos3_fast.cli import main
 from cosmos3_fast.cli.bench import table
 from cosmos3_fast.config import TransformerConfig
 from cosmos3_fast.parallel import Mesh
-from cosmos3_fast.testing import gate
+from cosmos3_fast.testing import gate, tune
 from cosmos3_fast.testing.machine import folder_name, machine
 from cosmos3_fast.testing.measure import Times, configured, gemm_rate, growth, measure, memory_mib
 from cosmos3_fast.testing.parts import StepParts, StepShape
@@ -220,8 +224,47 @@ def test_table_leaves_out_what_no_row_has():
     ]
 
 
+D = StepShape(2, 3093, 2752, 3060, 2720, (160, 12), 256)
+S = StepShape(1, 406, 16, 390, 0, (110,), 256)
+
+
+def test_tune_measures_every_shard_of_every_shape():
+    """Nano on 1, 2, 4 and 8 ranks: D's branches together or apart, its last layer, S."""
+    shapes = tune.attention_shapes([D, S], TransformerConfig())
+    keys = {(n, heads, 4) for n in (3093, 2752) for heads in (64, 32, 16, 8, 4)}
+    keys |= {(n, heads, 4) for n in (406, 16) for heads in (32, 16, 8, 4)}
+    assert [shape.key for shape in shapes] == sorted(keys)
+    assert {shape.key[1]: len(shape.und) for shape in shapes if shape.queries == 2752} == {
+        **dict.fromkeys((64, 32, 16, 8), 2),
+        4: 1,
+    }
+    rows = {6186, 5504, 3093, 2752, 406, 16}
+    inner = (12288, 6144, 3072, 1536)
+    assert tune.gate_up_shapes([D, S], TransformerConfig()) == sorted(product(rows, inner))
+    two = replace(TransformerConfig(), num_key_value_heads=2)
+    assert {heads for _, heads in tune.gate_up_shapes([S], two)} == {12288, 6144}
+
+
+def test_a_row_of_tune_names_the_fastest_and_can_be_pasted(monkeypatch):
+    us = iter(({"b": 20.04, "a": 10.0}, {"b": 1.0, "a": 9.96}))
+    monkeypatch.setattr(tune, "in_turn", lambda ways, make, nbytes: next(us))
+    cases = [((6, 4), lambda: [torch.zeros(1)]), ((7, 4), lambda: [torch.zeros(1)])]
+    lines = list(tune.table_rows("TABLE", cases, lambda _: {"b": torch.neg, "a": torch.abs}))
+    assert lines == [
+        "TABLE: b, a",
+        '    (6, 4): "a",  # 20.0, 10.0',
+        '    (7, 4): "b",  # 1.0, 10.0',
+    ]
+
+
 @pytest.mark.gpu
-def test_tune_times_every_way_of_attention(capsys):
+def test_tune_prints_rows_of_both_tables(capsys):
     assert main(["bench", "--tiny", "--tune", "--requests", "S"]) == 0
-    rows = capsys.readouterr().out.splitlines()[1:]
-    assert rows and all(" heads: taken " in row and ", triton " in row for row in rows)
+    text = capsys.readouterr().out
+    head, attention, gate_up = re.split("^(?:ATTENTION|GATE_UP)_CHOICE: .*$", text, flags=re.M)
+    assert "microseconds" in head
+    for rows, sizes, ways in ((attention, 3, {"triton"}), (gate_up, 2, {"fused", "pair"})):
+        table = ast.literal_eval(f"{{{rows}}}")
+        assert table and all(len(key) == sizes for key in table)
+        assert set(table.values()) <= ways  # Hopper's own kernel takes no heads of 16 values
+        assert len(re.findall(r"# \d+\.\d", rows)) == len(table)

@@ -15,7 +15,7 @@ import torch
 
 from cosmos3_fast import denoise
 from cosmos3_fast.cli.output import require_place, writing
-from cosmos3_fast.config import DeviceConfig
+from cosmos3_fast.config import CheckpointConfig, DeviceConfig, EngineArgs
 from cosmos3_fast.engine import Engine
 from cosmos3_fast.testing import fill_random, make_nano_folder, make_tiny_checkpoint
 from cosmos3_fast.testing.gate import gate
@@ -23,7 +23,12 @@ from cosmos3_fast.testing.machine import machine
 from cosmos3_fast.testing.measure import configured, engine_args, gemm_rate, growth, measure
 from cosmos3_fast.testing.parts import StepShape
 from cosmos3_fast.testing.requests import WORKLOADS, Workload
-from cosmos3_fast.testing.tune import attention_row
+from cosmos3_fast.testing.tune import (
+    attention_rows,
+    attention_shapes,
+    gate_up_rows,
+    gate_up_shapes,
+)
 
 COLUMNS = {  # heading -> the row's figure, how it is written
     "tokens": ("tokens", "{:.0f}"),
@@ -47,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decode", action="store_true", help="time the decoder as well")
     add("--eager", action="store_true", help="without captured graphs")
     add("--growth", type=int, default=0, metavar="N", help="watch memory over N more requests")
-    add("--tune", action="store_true", help="time the ways of attention instead")
+    add("--tune", action="store_true", help="print rows for the tables of choices instead")
     add("--tiny", action="store_true", help="a tiny model and small requests (any machine)")
     add("--device", help="cuda:N or cpu (default: cuda:0 where there is one)")
     add("--json", metavar="OUT", help="write the figures there (bench/baselines)")
@@ -68,12 +73,13 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="cosmos3-bench-") as name:
         folder = make_tiny_checkpoint(name, kv_heads=2) if args.tiny else make_nano_folder(name)
         made = engine_args(folder, str(device), dtype, decode=args.decode, graph=not args.eager)
+        if args.tune:
+            torch.cuda.set_device(device.index or 0)
+            _tune(folder, made, kinds)
+            return
         with Engine(made, weights=fill_random) as engine:
             if engine.device.type == "cuda":
                 torch.cuda.set_device(engine.device)  # parts are timed outside a request, too
-            if args.tune:
-                _tune(engine, kinds)
-                return
             report = _measure(engine, kinds, args)
     print(table(report["requests"]))
     if args.json:
@@ -155,12 +161,23 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _tune(engine: Engine, kinds: Mapping[str, Workload]) -> None:
-    """One row a shape of the step: every layer's, and the last one's where its queries differ."""
-    config, plugin = engine.model.config, engine.args.plugin_args
-    print(f"{machine()['gpu']}: attention, microseconds of what is taken and of each way")
+def _tune(folder: Path, made: EngineArgs, kinds: Mapping[str, Workload]) -> None:
+    """Rows of ATTENTION_CHOICE and GATE_UP_CHOICE (kernels/) at the shapes of requests, over 1 to 8
+    ranks; no model is made.
+    """
+    dtype, plugin = made.config.device.params_dtype, made.plugin_args
+    checkpoint = CheckpointConfig.read(folder)
+    config = checkpoint.transformer
+    steps = []
     for workload in kinds.values():
-        schedule = denoise.schedule_of(plugin, engine.checkpoint.scheduler, workload.steps)
-        shape = StepShape.of(denoise.plan(workload.request(0), config, schedule))
-        for queries in sorted({shape.tokens, shape.noisy}):
-            print(f"    {attention_row(queries, shape, config, engine.model.dtype)}", flush=True)
+        schedule = denoise.schedule_of(plugin, checkpoint.scheduler, workload.steps)
+        steps.append(StepShape.of(denoise.plan(workload.request(0), config, schedule)))
+    where = machine()
+    print(f"{where['gpu']}, torch {where['torch']}: microseconds of each way, captured, in turn")
+    attentions, products = attention_shapes(steps, config), gate_up_shapes(steps, config)
+    for lines in (
+        attention_rows(attentions, config.head_dim, dtype),
+        gate_up_rows(products, config.hidden_size, dtype),
+    ):
+        for line in lines:
+            print(line, flush=True)

@@ -1,6 +1,6 @@
 """The ways that one operation can run on a GPU, by name: for tuning and for checks.
 
-`ops.attention` takes one of them by the shapes; here each can be called.
+`ops.attention` and `ops.gate_up_silu` take one of them by the shapes; here each can be called.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ import torch
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, und_k: torch.Tensor, und_v: torch.Tensor
 ) -> dict[str, Callable[..., torch.Tensor]]:
-    """Name -> `ops.attention` that way, of all that take these; Hopper's kernel by tile."""
+    """Name in ATTENTION_CHOICE -> `ops.attention` that way, of all that take these."""
     module = importlib.import_module("cosmos3_fast.kernels.attention")
     hopper = importlib.import_module("cosmos3_fast.kernels.attention_hopper")
-    ways = {"triton": module.attention_triton}
+    ways = {}
     if hopper.takes(q, k, v, und_k, und_v):
-        for tile in hopper.TILES:
-            run = functools.partial(module.attention_hopper, tile=tile)
-            ways[f"hopper-{tile.consumers}"] = run
-    return ways
+        for name, tile in hopper.TILES.items():
+            ways[name] = functools.partial(module.attention_hopper, tile=tile)
+    return ways | {"triton": module.attention_triton}
+
+
+def gate_up_silu(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[..., torch.Tensor]]:
+    """Name in GATE_UP_CHOICE -> `ops.gate_up_silu` that way, of all that take these."""
+    module = importlib.import_module("cosmos3_fast.kernels.gate_up_silu")
+    fused = {"fused": module.gate_up_silu_fused} if module.takes(x, weight) else {}
+    return fused | {"pair": module.gate_up_silu_pair}
