@@ -45,15 +45,35 @@ TILES = {"hopper-2": HopperTile(2, 128, 2, 240), "hopper-3": HopperTile(3, 64, 4
 
 # Which one runs, or "triton" (attention.py's kernel), by (tokens, query heads over the batch, heads
 # of a group); elsewhere the nearest row in log scale. `cosmos3-fast bench --tune` prints rows.
-# H200, bf16, 160 UND keys: microseconds of hopper-2, hopper-3, triton. Without turns hopper-2 takes
-# 291 at (3093, 32, 4); 64 keys a block were slower there, too.
+# H200, bf16, a request's UND keys: microseconds of hopper-2, hopper-3, triton. Without turns
+# hopper-2 takes 291 at (3093, 32, 4); 64 keys a block were slower there, too.
 ATTENTION_CHOICE = {
-    (406, 32, 4): "hopper-2",  # 15.7, 20.4, 17.5
-    (1966, 32, 4): "hopper-2",  # 120.8, 134.6, 158.1
-    (3093, 8, 4): "hopper-3",  # 90.3, 71.1, 107.8
-    (3093, 16, 4): "hopper-2",  # 131.7, 136.9, 160.0
-    (3093, 32, 4): "hopper-3",  # 263.7, 253.1, 327.9
-    (3093, 64, 4): "hopper-2",  # 558.0, 565.6, 695.7
+    (16, 4, 4): "triton",  # 12.3, 15.5, 11.8
+    (16, 8, 4): "triton",  # 12.4, 15.8, 12.1
+    (16, 16, 4): "hopper-2",  # 12.9, 16.1, 13.4
+    (16, 32, 4): "hopper-2",  # 13.4, 16.5, 14.1
+    (406, 4, 4): "triton",  # 13.0, 16.2, 12.5
+    (406, 8, 4): "hopper-2",  # 13.7, 16.8, 14.0
+    (406, 16, 4): "hopper-2",  # 13.9, 17.0, 14.3
+    (406, 32, 4): "hopper-2",  # 14.6, 17.6, 16.4
+    (1576, 4, 4): "hopper-2",  # 30.8, 43.0, 31.3
+    (1576, 8, 4): "hopper-2",  # 31.4, 43.3, 39.0
+    (1576, 16, 4): "hopper-3",  # 58.5, 46.1, 75.3
+    (1576, 32, 4): "hopper-3",  # 114.6, 87.6, 115.1
+    (1966, 4, 4): "hopper-2",  # 30.8, 42.9, 31.5
+    (1966, 8, 4): "hopper-2",  # 32.3, 43.9, 40.1
+    (1966, 16, 4): "hopper-2",  # 59.1, 84.7, 76.5
+    (1966, 32, 4): "hopper-2",  # 118.0, 130.8, 158.1
+    (2752, 4, 4): "hopper-2",  # 44.6, 64.7, 53.6
+    (2752, 8, 4): "hopper-3",  # 83.2, 65.7, 95.0
+    (2752, 16, 4): "hopper-2",  # 128.5, 129.7, 159.6
+    (2752, 32, 4): "hopper-2",  # 257.4, 260.9, 324.5
+    (2752, 64, 4): "hopper-2",  # 488.9, 543.6, 621.7
+    (3093, 4, 4): "hopper-2",  # 44.5, 64.6, 53.7
+    (3093, 8, 4): "hopper-3",  # 83.8, 68.4, 102.7
+    (3093, 16, 4): "hopper-2",  # 134.4, 135.8, 168.3
+    (3093, 32, 4): "hopper-2",  # 267.6, 273.4, 342.0
+    (3093, 64, 4): "hopper-2",  # 544.4, 555.2, 696.5
 }
 
 _ROWS, _DIM = gl.constexpr(ROWS), gl.constexpr(DIM)
