@@ -33,7 +33,7 @@ from cosmos3_fast.config import read_json
 from cosmos3_fast.sampler import noise
 from cosmos3_fast.testing import fill_random, make_nano_folder, make_tiny_checkpoint, random_tensor
 from cosmos3_fast.testing.gate import relative
-from cosmos3_fast.testing.machine import machine
+from cosmos3_fast.testing.machine import machine, script_command
 from cosmos3_fast.testing.measure import engine_args, time_requests, wait
 from cosmos3_fast.testing.requests import WORKLOADS, Workload
 
@@ -307,7 +307,8 @@ def main() -> int:
                 with_compiled(row, kinds[row["request"]], model, args.their_repeats)
                 print(json.dumps(row), flush=True)
     if args.json:
-        report = {"machine": machine(), "command": " ".join(sys.argv), "requests": rows}
+        command = script_command("python")
+        report = {"machine": machine(), "command": command, "requests": rows}
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     return int(not all(row["agree"] for row in rows))

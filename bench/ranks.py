@@ -32,7 +32,7 @@ from cosmos3_fast.agreement import digest
 from cosmos3_fast.graph import Captured
 from cosmos3_fast.testing import fill_random, make_nano_folder, make_tiny_checkpoint
 from cosmos3_fast.testing.gate import relative
-from cosmos3_fast.testing.machine import machine
+from cosmos3_fast.testing.machine import machine, script_command
 from cosmos3_fast.testing.measure import (
     SUMS,
     choose_sums,
@@ -249,7 +249,7 @@ def report(args: argparse.Namespace, folder: Path, kinds: dict[str, Workload]) -
         main_rank = many.mesh.rank == 0
     if args.json and main_rank:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        command = f"torchrun --nproc_per_node={args.cfg * args.tp} {' '.join(sys.argv)}"
+        command = script_command("torchrun", f"--nproc_per_node={args.cfg * args.tp}")
         stored = {"machine": machine(), "command": command, "requests": rows}
         Path(args.json).write_text(json.dumps(stored, indent=2) + "\n")
     return rows

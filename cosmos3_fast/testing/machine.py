@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import platform
 import re
+import shlex
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -28,6 +31,14 @@ def machine() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def script_command(*launcher: str) -> str:
+    """This process's command line as typed at the repository's root: `launcher`, then the script,
+    in its folder, and its flags.
+    """
+    script = Path(sys.argv[0]).resolve()
+    return shlex.join([*launcher, f"{script.parent.name}/{script.name}", *sys.argv[1:]])
 
 
 def folder_name() -> str:
