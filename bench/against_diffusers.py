@@ -307,7 +307,7 @@ def main() -> int:
                 with_compiled(row, kinds[row["request"]], model, args.their_repeats)
                 print(json.dumps(row), flush=True)
     if args.json:
-        command = script_command("python")
+        command = script_command(["python"], sys.argv)
         report = {"machine": machine(), "command": command, "requests": rows}
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")

@@ -249,7 +249,8 @@ def report(args: argparse.Namespace, folder: Path, kinds: dict[str, Workload]) -
         main_rank = many.mesh.rank == 0
     if args.json and main_rank:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        command = script_command("torchrun", f"--nproc_per_node={args.cfg * args.tp}")
+        launcher = ["torchrun", f"--nproc_per_node={args.cfg * args.tp}"]
+        command = script_command(launcher, sys.argv)
         stored = {"machine": machine(), "command": command, "requests": rows}
         Path(args.json).write_text(json.dumps(stored, indent=2) + "\n")
     return rows
@@ -277,6 +278,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.pooled % (args.cfg * args.tp):
         parser.error(f"--pooled deals seeds out to {args.cfg * args.tp} ranks, got {args.pooled}")
+    if args.sums != "table" and (args.tiny or args.tp == 1):
+        parser.error("--sums needs GPU ranks and --tp of 2 or more")
     args.collective = choose_sums(args.sums, args.tp)
     args.local = torch.distributed.get_node_local_rank(fallback_rank=0)
     args.device = "cpu" if args.tiny else f"cuda:{args.local}"

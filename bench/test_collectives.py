@@ -12,6 +12,7 @@ Without GPUs only the agreement over CPU ranks is timed.
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -214,7 +215,7 @@ def _record(recorded: Callable, benchmark: Any, rounds: list[float], **others: l
     seconds = recorded(lambda: next(each), rounds=len(rounds))
     if seconds is None:
         return
-    ratios = {f"{x} / this": sorted(y)[len(y) // 2] / seconds for x, y in others.items()}
+    ratios = {f"{x} / this": statistics.median(y) / seconds for x, y in others.items()}
     info = {"us": seconds * 1e6, **ratios}
     benchmark.extra_info.update({k: round(v, 3) for k, v in info.items()})
     text = ", ".join(f"{k} {v:.2f}" for k, v in info.items())

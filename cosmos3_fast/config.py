@@ -106,7 +106,7 @@ class RuntimeConfig:
     `step_deadline_s`: seconds one request may take over several ranks before the watchdog ends the
     process. `max_graphs`, `max_prompts`: how many captured shapes, prompts' keys and values stay.
     `decode_max_bytes`: activation memory the VAE may plan with before it decodes in latent-frame
-    groups. `collective`: of GPU ranks' sums; by tables, in shared memory, or NCCL, the reference.
+    groups. `collective`: GPU ranks' sums by "auto" (tables), "symmetric" memory or "nccl" alone.
     """
 
     use_cuda_graph: bool = True

@@ -42,7 +42,8 @@ class Captured(Generic[T]):
     """A function of static tensors: captured on CUDA when asked, run as it is elsewhere.
 
     The function runs once before the capture (compilation, library handles, communicators), so it
-    must be safe to run on whatever its buffers hold.
+    must be safe to run on whatever its buffers hold. All graphs captured by a thread on a device
+    share cuBLAS's workspace: they are replayed on one stream, or one after the other.
     """
 
     def __init__(self, run: Callable[[], T], device: torch.device, capture: bool) -> None:

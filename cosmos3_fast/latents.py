@@ -25,7 +25,7 @@ def upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """
     if device.type != "cuda" or x.is_cuda:
         return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def to_patches(latents: torch.Tensor, patch: int) -> torch.Tensor:
@@ -100,7 +100,7 @@ def clean_state(
     video = torch.zeros(1, layout.channels, layout.frames, layout.height, layout.width, **place)
     if layout.clean_frames and latents is not None:
         latents = upload(latents, device)
-        for frame in layout.clean_frames:
+        for frame in layout.clean_frames:  # a list of them as an index would wait for the device
             video[:, :, frame] = latents[:, :, frame, : layout.height, : layout.width]
     action = torch.zeros(1, layout.rows, layout.action_dim, **place)
     if state_rows is not None:

@@ -43,10 +43,10 @@ class HopperTile(NamedTuple):
 
 TILES = {"hopper-2": HopperTile(2, 128, 2, 240), "hopper-3": HopperTile(3, 64, 4, 160)}
 
-# Which one runs, or "triton" (attention.py's kernel), by (tokens, query heads over the batch, heads
-# of a group); elsewhere the nearest row in log scale. `cosmos3-fast bench --tune` prints rows.
-# H200, bf16, a request's UND keys: microseconds of hopper-2, hopper-3, triton. Without turns
-# hopper-2 takes 291 at (3093, 32, 4); 64 keys a block were slower there, too.
+# Which one runs, or "triton" (attention.py's kernel), by (queries, heads over the batch, heads of a
+# group); elsewhere the nearest row in log scale. `cosmos3-fast bench --tune` prints rows. H200,
+# bf16, a request's keys: microseconds of hopper-2, hopper-3, triton. Without turns hopper-2 takes
+# 291 at (3093, 32, 4); 64 keys a block were slower there, too.
 ATTENTION_CHOICE = {
     (16, 4, 4): "triton",  # 12.3, 15.5, 11.8
     (16, 8, 4): "triton",  # 12.4, 15.8, 12.1

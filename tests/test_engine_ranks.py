@@ -17,7 +17,7 @@ import torch
 from engine_fixtures import checkpoint, engine_args, equal, noise, request
 from ranks import argument, run_cases
 
-from cosmos3_fast import Engine, EngineArgs, EngineConfig, ParallelConfig
+from cosmos3_fast import Engine, EngineArgs, EngineConfig, ParallelConfig, RuntimeConfig
 from cosmos3_fast.checkpoint import open_checkpoint
 from cosmos3_fast.model import UNUSED
 from cosmos3_fast.testing import make_tiny_checkpoint
@@ -118,6 +118,12 @@ def case_grouped_heads() -> dict[str, Any]:
         return {"error": str(error)}
 
 
+def case_collective() -> dict[str, Any]:
+    args = parallel_args(argument("folder"), 1, 2, runtime=RuntimeConfig(collective="nccl"))
+    with Engine(args) as engine:
+        return {"collective": engine.mesh.collective}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
@@ -128,8 +134,9 @@ def launches(folder: Path) -> dict[int, dict[str, list[dict[str, Any]]]]:
     found = {}
     for size, meshes in MESHES.items():
         arguments = {"folder": str(folder), "grouped": str(checkpoint()), "meshes": meshes}
-        cases = [case_meshes, case_pictures, case_grouped_heads]
-        found[size] = run_cases(size, cases[: 2 if size == 8 else 3], arguments=arguments)
+        cases = [case_meshes, case_pictures, case_grouped_heads, case_collective]
+        count = {2: 4, 4: 3, 8: 2}[size]
+        found[size] = run_cases(size, cases[:count], arguments=arguments)
     return found
 
 
@@ -167,6 +174,10 @@ def test_all_ranks_give_the_same_bits(launches, size) -> None:
         tensors = [{k: v for k, v in r.items() if isinstance(v, torch.Tensor)} for r in results]
         assert len(tensors) == size and tensors[0].keys()
         assert all(equal(tensors[0], other) for other in tensors[1:])
+
+
+def test_the_configured_kind_of_sums_reaches_the_mesh(launches) -> None:
+    assert [rank["collective"] for rank in launches[2]["case_collective"]] == ["nccl"] * 2
 
 
 @pytest.mark.parametrize(("size", "cfg", "tp"), ALL_MESHES)

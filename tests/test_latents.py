@@ -132,3 +132,12 @@ def test_an_upload_does_not_wait_for_the_device():
     assert not done.query()
     values.zero_()
     assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "view", [lambda x: x[:, :, :1], lambda x: x[:, :1].expand(1, 3, 4, 5, 6)], ids=["cut", "grey"]
+)
+def test_a_view_is_uploaded_as_what_it_shows(view):
+    values = view(noise(1, 3, 4, 5, 6))
+    assert torch.equal(upload(values, torch.device("cuda:0")).cpu(), values)

@@ -14,14 +14,22 @@ import torch
 from engine_fixtures import checkpoint, engine_args, request, shared_engine
 from torch.utils.flop_counter import FlopCounterMode
 
-from cosmos3_fast import Engine, denoise, ops
+from cosmos3_fast import Engine, denoise, ops, parallel_sum
 from cosmos3_fast.cli import main
 from cosmos3_fast.cli.bench import table
 from cosmos3_fast.config import TransformerConfig
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.testing import gate, tune
-from cosmos3_fast.testing.machine import folder_name, machine
-from cosmos3_fast.testing.measure import Times, configured, gemm_rate, growth, measure, memory_mib
+from cosmos3_fast.testing.machine import folder_name, machine, script_command
+from cosmos3_fast.testing.measure import (
+    Times,
+    choose_sums,
+    configured,
+    gemm_rate,
+    growth,
+    measure,
+    memory_mib,
+)
 from cosmos3_fast.testing.parts import StepParts, StepShape
 from cosmos3_fast.testing.requests import WORKLOADS
 
@@ -268,3 +276,18 @@ def test_tune_prints_rows_of_both_tables(capsys):
         assert table and all(len(key) == sizes for key in table)
         assert set(table.values()) <= ways  # Hopper's own kernel takes no heads of 16 values
         assert len(re.findall(r"# \d+\.\d", rows)) == len(table)
+
+
+def test_a_script_is_stored_as_it_is_typed_at_the_root(tmp_path):
+    argv = [str(tmp_path / "bench" / "ranks.py"), "--json", "a b.json"]
+    assert script_command(["torchrun"], argv) == "torchrun bench/ranks.py --json 'a b.json'"
+
+
+def test_the_kind_of_sums_that_a_script_asks_for(monkeypatch):
+    monkeypatch.setattr(parallel_sum, "FUSED_BYTES", {2: 1 << 20})
+    kinds = ("table", "fused", "nccl")
+    assert [choose_sums(kind, 2) for kind in kinds] == ["auto", "symmetric", "nccl"]
+    assert parallel_sum.FUSED_BYTES == {2: 1 << 20}
+    assert choose_sums("all-reduce", 2) == "auto" and parallel_sum.FUSED_BYTES == {}
+    with pytest.raises(ValueError, match="tp size of 2 or more"):
+        choose_sums("fused", 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import shlex
-import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -33,12 +33,12 @@ def machine() -> dict[str, str]:
     return found
 
 
-def script_command(*launcher: str) -> str:
-    """This process's command line as typed at the repository's root: `launcher`, then the script,
-    in its folder, and its flags.
+def script_command(launcher: Sequence[str], argv: Sequence[str]) -> str:
+    """A script's command line as typed at the repository's root: `launcher`, then argv, whose first
+    word becomes the script in its folder.
     """
-    script = Path(sys.argv[0]).resolve()
-    return shlex.join([*launcher, f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    script = Path(argv[0]).resolve()
+    return shlex.join([*launcher, f"{script.parent.name}/{script.name}", *argv[1:]])
 
 
 def folder_name() -> str:

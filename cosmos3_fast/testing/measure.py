@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -68,11 +67,14 @@ def engine_args(
 def choose_sums(how: str, tp_size: int) -> str:
     """How this process makes every sum over ranks from now on, one of SUMS -> what to pass as
     `collective`. "table": as the engine does; "fused": in one kernel with residual and norm;
-    "all-reduce": apart from them, by torch's two-shot or NCCL; "nccl": by NCCL.
+    "all-reduce": apart from them, by torch's two-shot or NCCL; "nccl": by NCCL. ValueError where
+    "fused" has no ranks to sum over.
     """
-    if how in ("fused", "all-reduce"):
-        parallel_sum.FUSED_BYTES = {tp_size: sys.maxsize} if how == "fused" else {}
-    return "nccl" if how == "nccl" else "auto"
+    if how == "fused" and tp_size == 1:
+        raise ValueError("sums in one kernel need a tp size of 2 or more")
+    if how == "all-reduce":
+        parallel_sum.FUSED_BYTES = {}
+    return {"fused": "symmetric", "nccl": "nccl"}.get(how, "auto")
 
 
 @contextmanager
