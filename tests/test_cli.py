@@ -77,6 +77,25 @@ EXAMPLES = {
 }  # fmt: skip
 
 
+def test_warmup_prepares_with_the_commands_own_request(run, files, monkeypatch):
+    calls = []
+    for name in ("warmup", "step"):
+        made = getattr(Engine, name)
+
+        def noted(engine, request, *args, name=name, made=made, **more):
+            calls.append((name, request))
+            return made(engine, request, *args, **more)
+
+        monkeypatch.setattr(Engine, name, noted)
+    flags = ["--image", str(files / "observation.png"), "--prompt", PROMPT, "--no-video"]
+    plain, _ = run(*flags)
+    rows = action(plain)
+    assert [name for name, _ in calls] == ["step"]
+    warm, _ = run(*flags, "--warmup")
+    assert [name for name, _ in calls[1:]] == ["warmup", "step"] and calls[1][1] is calls[2][1]
+    assert np.array_equal(action(warm), rows)
+
+
 @pytest.mark.parametrize("mode", EXAMPLES)
 def test_the_examples_command_lines(run, files, mode):
     """Three modes: action JSON [1, 16, 10], an mp4 of 17 frames and a plot that can be read."""

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--action-file", help="JSON actions (forward_dynamics)")
     add("--action-chunk-index", type=int, default=0)
     add("--no-video", action="store_true", help="do not decode the rollout")
+    add("--warmup", action="store_true", help="first run it unseen: times as in a control loop")
     add("--out", default=".cache/cosmos3_policy_wn", help="prefix of the files written")
 
 
@@ -72,6 +73,8 @@ def _answer(settings: Settings, engine: Engine) -> None:
             video_rate(request.fps)
     except (ValueError, ImportError, OSError) as error:
         engine.refuse(ValueError(str(error)))
+    if args.warmup:
+        engine.warmup(request)
     steps = tqdm(total=request.num_inference_steps, unit="step", disable=not main_rank)
     with steps:
         result = engine.step(request, on_step=lambda _: steps.update())
