@@ -1,25 +1,24 @@
 """The halo convolution's input kernel: microseconds a call, share of a copy's rate, ratio to torch.
 
 On a GPU at the shapes of D's decoder, in bf16, in a captured graph by device events, in turn with
-the torch reference; without one, small shapes
-through the CPU twin, so that the suite itself stays alive. Every benchmark compares its result with
-the reference in float64 first and gives no number if that fails. Several ranks: see
-tests/gpu_halo_ranks.py, which times the exchange after checking it.
+the torch reference; without one, small shapes through the CPU twin, so that the suite itself stays
+alive. Every benchmark compares its result with the reference in float64 first and gives no number
+if that fails. Several ranks: see tests/gpu_halo_ranks.py, which times the exchange after checking
+it.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 
-from cosmos3_fast.graph import Captured
 from cosmos3_fast.kernels import reference_conv
 from cosmos3_fast.ops import halo
-from cosmos3_fast.testing.measure import timed
+from cosmos3_fast.testing.measure import repeated, timed
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = (
@@ -79,19 +78,6 @@ def gate(case: Case) -> None:
     assert (halo.conv_input(**inputs) - truth).abs().max() <= max(2 * eager, floor)
 
 
-def repeated(run: Callable, sets: list[dict]) -> Captured[None]:
-    """CALLS calls on the sets in turn. The last result of each set is kept, so that results take
-    turns in memory as inputs do.
-    """
-    results: list[object] = [None] * len(sets)
-
-    def calls() -> None:
-        for i in range(CALLS):
-            results[i % len(sets)] = run(**sets[i % len(sets)])
-
-    return Captured(calls, DEVICE, True)
-
-
 @pytest.mark.parametrize("name", CASES if GPU else SMALL)
 def test_conv_input(benchmark, recorded, figures, name):
     case = (CASES if GPU else SMALL)[name]
@@ -100,8 +86,10 @@ def test_conv_input(benchmark, recorded, figures, name):
     nbytes = (inputs["x"].numel() + halo.conv_input(**inputs).numel()) * DTYPE.itemsize
     count = max(2, min(CALLS, ROTATED_BYTES // nbytes + 1))
     sets = [inputs | {"x": inputs["x"].clone(memory_format=LAST)} for _ in range(count)]
-    plain = repeated(reference_conv.conv_input, sets)
-    ours = repeated(halo.conv_input, sets)
+    plain, ours = (
+        repeated([partial(run, **x) for x in sets], CALLS, DEVICE)
+        for run in (reference_conv.conv_input, halo.conv_input)
+    )
     others = []
 
     def measure() -> float:

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from cosmos3_fast import ops
 from cosmos3_fast.graph import Captured
 from cosmos3_fast.kernels import reference
-from cosmos3_fast.testing.measure import timed
+from cosmos3_fast.testing.measure import repeated, timed
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = (
@@ -241,27 +242,18 @@ def gate(name: str, size: Size) -> None:
         assert (got - exact).abs().max() <= bound
 
 
-def repeated(run: Callable, sets: list[tuple], count: int) -> Captured[None]:
-    """`count` calls on the sets in turn. The last result of each set is kept, so that results take
-    turns in memory as inputs do.
-    """
-    results: list[object] = [None] * len(sets)
-
-    def calls() -> None:
-        for i in range(count):
-            results[i % len(sets)] = call(run, sets[i % len(sets)])
-
-    return Captured(calls, DEVICE, True)
-
-
 def take_turns(name: str, sets: list[tuple], count: int) -> tuple[Callable, list[float], Callable]:
     """Seconds of a call of ours, torch's appended to a list first; what gives the graphs back."""
     peer = OPS[name].peer
-    ours = repeated(getattr(ops, name), sets, count)
+
+    def captured(run: Callable, inputs: list[tuple]) -> Captured[None]:
+        return repeated([partial(call, run, x) for x in inputs], count, DEVICE)
+
+    ours = captured(getattr(ops, name), sets)
     if peer is None:
-        plain = repeated(getattr(reference, name), sets, count)
+        plain = captured(getattr(reference, name), sets)
     else:
-        plain = repeated(peer.run, [peer.prepare(x) for x in sets], count)
+        plain = captured(peer.run, [peer.prepare(x) for x in sets])
     others: list[float] = []
 
     def seconds(graph: Captured[None]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,6 +125,21 @@ def timed(call: Callable[[], object], device: torch.device, calls: int = 1) -> f
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / calls
+
+
+def repeated(
+    calls: Sequence[Callable[[], object]], count: int, device: torch.device
+) -> Captured[None]:
+    """`count` calls, which take turns, captured on a GPU. The last result of each is kept, so that
+    results take turns in memory as the calls' inputs do.
+    """
+    results: list[object] = [None] * len(calls)
+
+    def run() -> None:
+        for i in range(count):
+            results[i % len(calls)] = calls[i % len(calls)]()
+
+    return Captured(run, device, True)
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, rounds: int = 10) -> float:
