@@ -8,7 +8,6 @@ are benchmarks too (`recorded`). Kernels' rows stand in one table at the end (`f
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,10 +19,9 @@ import torch
 
 from cosmos3_fast.__main__ import forget_clone
 from cosmos3_fast.engine import Engine
-from cosmos3_fast.graph import Captured
 from cosmos3_fast.testing import fill_random, make_nano_folder, make_tiny_checkpoint
 from cosmos3_fast.testing.machine import folder_name, machine
-from cosmos3_fast.testing.measure import engine_args, gemm_rate, timed
+from cosmos3_fast.testing.measure import engine_args, gemm_rate, sustained
 from cosmos3_fast.testing.requests import WORKLOADS, Workload
 
 sys.path[:] = forget_clone(sys.path)  # which `python -m pytest` put there: see __main__
@@ -206,10 +204,7 @@ def copy_rate(rounds: int = 10) -> float:
         for into, source in pairs:
             into.copy_(source)
 
-    graph = Captured(copies, DEVICE, True)
-    times = [timed(graph, DEVICE, 3) for _ in range(rounds + 2)][2:]
-    graph.reset()
-    return len(pairs) * 2 * COPIED_BYTES / statistics.median(times) / 1e6
+    return len(pairs) * 2 * COPIED_BYTES / sustained(copies, DEVICE, rounds) / 1e6
 
 
 @pytest.fixture

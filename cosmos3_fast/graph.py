@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Generic, TypeVar
@@ -36,6 +37,14 @@ STEPS = 64  # rows of the schedule's tables; longer schedules round up to a mult
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all captures: cuBLAS keeps a workspace (32 MiB) for every stream it has seen."""
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """Say how long its preparation took."""
+    start = time.monotonic()
+    yield
+    log.info("prepared %s in %.2f s", what, time.monotonic() - start)
 
 
 class Captured(Generic[T]):
@@ -99,11 +108,8 @@ class Encoders:
 
         def make() -> tuple[torch.Tensor, Captured[torch.Tensor]]:
             static = torch.zeros_like(pixels, dtype=vae.dtype, memory_format=torch.channels_last_3d)
-            start = time.monotonic()
-            call = Captured(lambda: vae.encode(static), device, capture)
-            seconds, shape = time.monotonic() - start, tuple(pixels.shape)
-            log.info("prepared the encoder of %s in %.2f s", shape, seconds)
-            return static, call
+            with _logged(f"the encoder of {tuple(pixels.shape)}"):
+                return static, Captured(lambda: vae.encode(static), device, capture)
 
         static, call = self._kept.get(tuple(pixels.shape), make)
         static.copy_(pixels)
@@ -243,10 +249,10 @@ class StepRunner:
         if guided in self._steps:
             return False
         self.inputs.step.zero_()
-        start = time.monotonic()
-        self._steps[guided] = Captured(lambda: self._step(guided), self.model.device, self._capture)
-        seconds = time.monotonic() - start
-        log.info("prepared %s, guided %s, in %.2f s", self.key, guided, seconds)
+        with _logged(f"{self.key}, guided {guided},"):
+            self._steps[guided] = Captured(
+                lambda: self._step(guided), self.model.device, self._capture
+            )
         return True
 
     def prepared(self, guided: bool) -> bool:

@@ -99,9 +99,10 @@ def clean_state(
     place: dict[str, Any] = {"dtype": torch.float32, "device": device}
     video = torch.zeros(1, layout.channels, layout.frames, layout.height, layout.width, **place)
     if layout.clean_frames and latents is not None:
-        latents = upload(latents, device)
+        last = layout.clean_frames[-1]
+        cut = upload(latents[:, :, : last + 1, : layout.height, : layout.width], device)
         for frame in layout.clean_frames:  # a list of them as an index would wait for the device
-            video[:, :, frame] = latents[:, :, frame, : layout.height, : layout.width]
+            video[:, :, frame] = cut[:, :, frame]
     action = torch.zeros(1, layout.rows, layout.action_dim, **place)
     if state_rows is not None:
         action[:, : state_rows.shape[1], : state_rows.shape[2]] = upload(state_rows, device)

@@ -152,10 +152,15 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, rounds: int = 10) -> flo
         for weight in b:
             torch.mm(a, weight, out=out)
 
-    graph = Captured(products, device, True)
+    return len(b) * 2 * side**3 / sustained(products, device, rounds) / 1e9
+
+
+def sustained(run: Callable[[], None], device: torch.device, rounds: int) -> float:
+    """Milliseconds of run(), captured on a GPU: the median of `rounds` of three replays."""
+    graph = Captured(run, device, True)
     times = [timed(graph, device, 3) for _ in range(rounds + 2)][2:]
     graph.reset()
-    return len(b) * 2 * side**3 / statistics.median(times) / 1e9
+    return statistics.median(times)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from cosmos3_fast.config import TransformerConfig
-from cosmos3_fast.graph import Captured
 from cosmos3_fast.ops import variants
-from cosmos3_fast.testing.measure import timed
+from cosmos3_fast.testing.measure import repeated, timed
 from cosmos3_fast.testing.parts import ROTATED_BYTES, StepShape
 
 CALLS, ROUNDS, WARM_ROUNDS = 20, 15, 3
@@ -33,16 +32,11 @@ def in_turn(
     """
     device = torch.device("cuda", torch.cuda.current_device())
     sets = [make() for _ in range(min(max(2, -(-ROTATED_BYTES // nbytes)), SETS))]
-    calls = sets * -(-CALLS // len(sets))
-
-    def captured(run: Callable[..., object]) -> Captured[None]:
-        def all_calls() -> None:
-            for inputs in calls:
-                run(*inputs)
-
-        return Captured(all_calls, device, True)
-
-    graphs = {name: captured(run) for name, run in ways.items()}
+    count = len(sets) * -(-CALLS // len(sets))
+    graphs = {
+        name: repeated([functools.partial(run, *inputs) for inputs in sets], count, device)
+        for name, run in ways.items()
+    }
     rounds = [
         {name: timed(graph, device) for name, graph in graphs.items()}
         for _ in range(WARM_ROUNDS + ROUNDS)
@@ -50,7 +44,7 @@ def in_turn(
     for graph in graphs.values():
         graph.reset()
     return {
-        name: statistics.median(times[name] for times in rounds[WARM_ROUNDS:]) * 1e3 / len(calls)
+        name: statistics.median(times[name] for times in rounds[WARM_ROUNDS:]) * 1e3 / count
         for name in ways
     }
 
