@@ -2,8 +2,10 @@
 
 All-reduces (NCCL, two-shot) and all-gathers by size, and what follows every product of a layer: the
 sum over ranks, its residual's addition and the norm, in one kernel ("fused") and as an all-reduce
-with `add_rms_norm` after it. Each is compared with float64 first, then timed as a graph of calls.
-What `parallel.TWO_SHOT_BYTES` and `parallel_sum.FUSED_BYTES` should say is read off these figures.
+with `add_rms_norm` after it. And a decoder's strip with its neighbours' edges: by the kernel's own
+exchange, through NCCL, and with none. Sums are compared with float64 first, strips with the whole
+picture; then a graph of calls is timed. What `parallel.TWO_SHOT_BYTES` and
+`parallel_sum.FUSED_BYTES` should say is read off these figures.
 
 Every figure is a benchmark. The ranks are processes of their own and take the times, by events on
 their GPUs between barriers; a stored round is one of theirs, the slowest rank's seconds of a call.
@@ -23,20 +25,26 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from halo_cases import DECODER, edge_bytes, strip, strip_result
+from halo_cases import inputs as halo_inputs
 from ranks import argument, run_cases
 from sum_cases import EPS, apart, error, inputs, share, truth
 
 from cosmos3_fast import ops
 from cosmos3_fast.agreement import agree
 from cosmos3_fast.config import ParallelConfig
+from cosmos3_fast.ops import halo
 from cosmos3_fast.ops.sum_norm import sum_add_rms_norm
 from cosmos3_fast.parallel import Mesh
+from cosmos3_fast.parallel_edges import EdgeSlots
 from cosmos3_fast.parallel_sum import SumMemory
 
 SIZES = {"24 MB": 24 << 20, "3.2 MB": 3276800, "0.25 MB": 256 << 10, "64 KB": 64 << 10}
 KINDS = ("nccl", "two_shot", "gather")
 ROWS, COLUMNS = (60, 406, 983, 1966, 3093, 6186), 4096  # of a layer's sums, bfloat16
 SUMS = ("fused", "two_shot", "nccl")
+STRIPS = {f"{case.shape[0]}": case for case in (DECODER[0], DECODER[4], DECODER[6])}
+EDGES = ("exchange", "nccl", "none")
 SETS = 4  # of memory that the sums take in turn, past L2 for the larger ones
 CALLS, ROUNDS, WARMUP = 48, 20, 2
 BF16 = torch.bfloat16
@@ -173,6 +181,43 @@ def case_sums() -> dict[str, Any]:
     return got
 
 
+def case_strips() -> dict[str, Any]:
+    mesh = _mesh("cuda")
+    got: dict[str, Any] = {}
+    for label, case in STRIPS.items():
+        given = halo_inputs(case, BF16, str(mesh.device))
+        whole = given.pop("x")
+        rows = case.shape[2]
+        sizes = [share(rows, mesh.world_size, rank) for rank in range(mesh.world_size)]
+        sizes = [part.stop - part.start for part in sizes]
+        x = strip(whole, sizes, mesh.rank, 3)
+        want = strip_result(halo.conv_input(whole, **given), sizes, mesh.rank, 3, case)
+        slots = EdgeSlots(mesh, edge_bytes(case, 3, BF16), deadline=10)
+        edge = {k: given[k] for k in ("prologue", "gamma", "bias")}
+
+        def through_nccl(_: int, x=x, given=given, edge=edge) -> torch.Tensor:
+            edges = halo.conv_edges(x, **edge, axis=3, before=1, after=1)
+            before, after = mesh.exchange_edges(*edges)
+            return halo.conv_input(x, **given, before=before, after=after)
+
+        def exchange(_: int, x=x, given=given, slots=slots) -> torch.Tensor:
+            return halo.conv_input_exchange(x, slots, **given)
+
+        kinds = {
+            "exchange": exchange,
+            "nccl": through_nccl,
+            "none": lambda _, x=x, given=given: halo.conv_input(x, **given),
+        }
+        for kind, call in kinds.items():
+            if kind != "none":
+                assert torch.equal(call(0), want), f"{kind}, {label}: not the picture's strip"
+            got[f"{kind} strip {label}"] = _graph_seconds(mesh, call, lambda: None)
+        assert not slots.failure(), slots.failure()
+    mesh.settle()
+    mesh.close()
+    return got
+
+
 def case_agreement() -> dict[str, Any]:
     mesh = _mesh("cpu")
     held = {f"field {i}": "x" * 40 for i in range(20)}
@@ -204,9 +249,9 @@ def _gpus(size: int) -> Any:
 def launched(request: pytest.FixtureRequest) -> dict[str, list[float]]:
     """Rounds of every figure over so many GPUs, from one launch."""
     size = request.param
-    cases = [case_collectives, case_sums]
+    cases = [case_collectives, case_sums, case_strips]
     ranks = run_cases(size, cases, timeout=300, arguments={"size": size})
-    return _slowest(ranks["case_collectives"]) | _slowest(ranks["case_sums"])
+    return {k: v for case in cases for k, v in _slowest(ranks[case.__name__]).items()}
 
 
 def _record(recorded: Callable, benchmark: Any, rounds: list[float], **others: list[float]) -> None:
@@ -236,6 +281,14 @@ def test_collective(benchmark, recorded, launched, label, kind) -> None:
 def test_sum_and_norm(benchmark, recorded, launched, rows, kind) -> None:
     others = {x: launched[f"{x} {rows}"] for x in ("two_shot", "nccl")}
     _record(recorded, benchmark, launched[f"{kind} {rows}"], **others)
+
+
+@pytest.mark.parametrize("kind", EDGES)
+@pytest.mark.parametrize("label", STRIPS)
+@pytest.mark.parametrize("launched", [_gpus(2), _gpus(4)], indirect=True)
+def test_strip(benchmark, recorded, launched, label, kind) -> None:
+    none = launched[f"none strip {label}"]
+    _record(recorded, benchmark, launched[f"{kind} strip {label}"], none=none)
 
 
 @pytest.mark.parametrize("size", [2, 4])

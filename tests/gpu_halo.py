@@ -1,25 +1,19 @@
-"""Checks and times the halo kernels on one GPU: `python tests/gpu_halo.py [--check]`.
+"""The halo kernels on one GPU: `python tests/gpu_halo.py`.
 
-Correctness first, into NaN-filled results between guards: every case of halo_cases.py against
-float64, and ranks that share this GPU against the slices of one. Then a captured graph of calls
-whose inputs rotate past L2, beside copy bandwidth and the torch sequence of the same run. Exit
-status 1 on a failed check, before any time is taken.
+Into NaN-filled results between guards: every case of halo_cases.py against float64, and ranks that
+share this GPU against the slices of one. Exit status 1 on a failed check. bench/test_halo.py takes
+the times.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from halo_cases import (
     DECODER,
     ENCODER,
-    LAST,
     ODD,
     Case,
     Guarded,
@@ -33,11 +27,9 @@ from halo_cases import (
     strip_result,
 )
 
-from cosmos3_fast.kernels import reference_conv
 from cosmos3_fast.ops import halo
 
 DEVICE = "cuda:0"
-L2_BYTES = 256 << 20
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -117,112 +109,5 @@ def run_checks() -> list[str]:
     return wrong
 
 
-def torch_sequence(
-    x: torch.Tensor, prologue: str, gamma, bias, history: int, pad: tuple[int, int, int, int]
-) -> torch.Tensor:
-    """What eager torch does for the same result, pass by pass, in x's dtype."""
-    if bias is not None:
-        x = x + bias.to(x.dtype).view(-1, 1, 1, 1)
-    if prologue == "norm_silu":
-        scale = gamma.to(x.dtype).view(-1, 1, 1, 1)
-        x = F.silu(F.normalize(x, dim=1) * x.shape[1] ** 0.5 * scale)
-    elif prologue == "nearest2x":
-        x = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest-exact")
-    if history:
-        batch, channels, _, height, width = x.shape
-        front = x.new_zeros((batch, channels, history, height, width))
-        x = torch.cat((front, x), 2)
-    return F.pad(x, pad)
-
-
-def time_us(make: Callable[[], Callable[[], object]], nbytes: int) -> float:
-    """Median microseconds of a call; make() gives a call on inputs of its own."""
-    calls = [make() for _ in range(min(max(2, -(-L2_BYTES // nbytes)), 12))]
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    for _ in range(13):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times[3:])
-
-
-def copy_rate() -> float:
-    """GB/s of a device-to-device copy, bytes read and written."""
-    size = 2 << 30
-
-    def make():
-        source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=DEVICE)
-        target = torch.empty_like(source)
-        return lambda: target.copy_(source)
-
-    return 2 * size / time_us(make, size) / 1e3
-
-
-def time_case(case: Case, rate: float) -> None:
-    given = inputs(case, torch.bfloat16, DEVICE)
-    shape = result_shape(case)
-    nbytes = 2 * (given["x"].numel() + shape.numel())
-
-    def ours():
-        x = given["x"].clone(memory_format=LAST)
-        out = torch.empty(shape, dtype=x.dtype, device=DEVICE, memory_format=LAST)
-        return lambda: halo.conv_input(**(given | {"x": x}), out=out)
-
-    def plain(run):
-        x = given["x"].clone(memory_format=LAST)
-        return lambda: run(**(given | {"x": x}))
-
-    us = time_us(ours, nbytes)
-    sequence = time_us(lambda: plain(torch_sequence), nbytes)
-    eager = time_us(lambda: plain(reference_conv.conv_input), nbytes)
-    reached = nbytes / us / 1e3
-    print(
-        f"{case.name:22} {us:9.1f} us {reached:7.0f} GB/s {100 * reached / rate:5.1f} % of copy"
-        f"   torch sequence {sequence / us:5.2f} x   reference {eager / us:5.2f} x",
-        flush=True,
-    )
-    torch.cuda.empty_cache()
-
-
-def time_exchange() -> None:
-    """Both kernels between two ranks that share this GPU: what an exchange costs but the wire."""
-    case = replace(DECODER[6], shape=(256, 33, 66, 320))
-    given = inputs(case, torch.bfloat16, DEVICE)
-    first, second = Ranks(2, edge_bytes(case, 3, torch.bfloat16), device=DEVICE).slots
-    alone = time_us(lambda: lambda: halo.conv_input(**given), 1 << 40)
-
-    def both():
-        halves = [halo.send_edges(slots=slots, **given) for slots in (first, second)]
-        for half, slots in zip(halves, (first, second), strict=True):
-            halo.fill_edges(*half, slots)
-
-    pair = time_us(lambda: both, 1 << 40)
-    print(f"\nstrip {case.shape}: alone {alone:.1f} us, with its exchange {pair / 2:.1f} us")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="take no times")
-    only_check = parser.parse_args().check
-    wrong = run_checks()
-    if wrong or only_check:
-        return bool(wrong)
-    rate = copy_rate()
-    print(f"\n{torch.cuda.get_device_name()}, bf16, copy {rate:.0f} GB/s")
-    for case in (*DECODER, *ENCODER):
-        time_case(case, rate)
-    time_exchange()
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(bool(run_checks()))

@@ -1,8 +1,8 @@
 """The halo exchange among GPUs: `torchrun --nproc_per_node=2 tests/gpu_halo_ranks.py` (or 4, 8).
 
 Bit equality with one rank, thousands of graph replays with random delays a rank and an odd number
-of exchanges a graph, planted faults that must be seen, the deadline; then times. Every rank prints
-what failed; exit status 1 if anything did.
+of exchanges a graph, planted faults that must be seen, the deadline. Every rank prints what failed;
+exit status 1 if anything did. bench/test_collectives.py takes the times.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from gpu_rank_scripts import CYCLES, run, time_us
+from gpu_rank_scripts import CYCLES, run
 from halo_cases import (
     BORDER,
-    DECODER,
     LAST,
     RIGHT_BOTTOM,
     Case,
@@ -235,39 +234,7 @@ def check_deadline(mesh: Mesh, _: int) -> list[str]:
     return problems + [text for text in [slots.failure()] if text]
 
 
-def time_exchanges(mesh: Mesh) -> None:
-    """D's widest strips: the kernel alone, with its exchange, and with edges sent through NCCL."""
-    for case in (DECODER[0], DECODER[4], DECODER[6]):
-        size = max(spread(case.shape[2], mesh.world_size))
-        shape = (*case.shape[:2], size, case.shape[3])
-        given = inputs(replace(case, shape=shape), torch.bfloat16, str(mesh.device))
-        slots = EdgeSlots(mesh, edge_bytes(case, 3, torch.bfloat16))
-        edge = {k: given[k] for k in ("x", "prologue", "gamma", "bias")}
-
-        def through_nccl(_, given=given, edge=edge):
-            edges = halo.conv_edges(**edge, axis=3, before=1, after=1)
-            before, after = mesh.exchange_edges(*edges)
-            return halo.conv_input(**given, before=before, after=after)
-
-        alone = time_us(mesh, lambda _, given=given: halo.conv_input(**given), 10)
-        ours = time_us(
-            mesh,
-            lambda _, given=given, slots=slots: halo.conv_input_exchange(slots=slots, **given),
-            10,
-        )
-        nccl = time_us(mesh, through_nccl, 10)
-        failure = slots.failure()
-        if mesh.rank == 0:
-            megabytes = edge_bytes(case, 3, torch.bfloat16) / 1e6
-            print(
-                f"{case.name:12} {shape}, edge {megabytes:.1f} MB: alone {alone:.1f} us, with "
-                f"exchange {ours:.1f} us, through NCCL {nccl:.1f} us; {failure or 'no failure'}",
-                flush=True,
-            )
-        mesh.barrier()
-
-
 CHECKS = (check_slices, check_stress, check_faults, check_deadline)
 
 if __name__ == "__main__":
-    sys.exit(run("halo ranks", __doc__, CHECKS, time_exchanges))
+    sys.exit(run("halo ranks", __doc__, CHECKS))

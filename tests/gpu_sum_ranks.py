@@ -2,7 +2,8 @@
 
 Error against float64 beside that of an all-reduce and `add_rms_norm`, equal bits on all ranks,
 thousands of graph replays with random delays a rank, planted faults that must be seen, the
-deadline; then times. Every rank prints what failed; exit status 1 if anything did.
+deadline. Every rank prints what failed; exit status 1 if anything did. bench/test_collectives.py
+takes the times.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from gpu_rank_scripts import CYCLES, run, time_us
+from gpu_rank_scripts import CYCLES, run
 from sum_cases import EPS, Ranks, error, inputs, share, truth
 
 from cosmos3_fast import ops
@@ -28,8 +29,6 @@ BF16 = torch.bfloat16
 SHAPES = ((1, 64), (5, 1000), (406, 4096), (983, 4096), (3093, 4096), (129, 16384))
 STRESS = ((61, False), (61, True), (7, False))  # rows of a sum, and whether its residual travels
 WIDTH = 512
-TIMED = (60, 406, 983, 1966, 3093, 6186)
-ROTATED = 4  # sets of memory that the timed calls take in turn
 OCCUPIED_NS = 200_000
 
 
@@ -253,42 +252,7 @@ def check_deadline(mesh: Mesh, _: int) -> list[str]:
     return problems + [text for text in [memory.failure()] if text]
 
 
-def time_sums(mesh: Mesh, columns: int = 4096) -> None:
-    """The fused sum beside an all-reduce and `add_rms_norm`: two-shot, and NCCL's."""
-    sets = [SumMemory(mesh, max(TIMED), columns, BF16, 10) for _ in range(ROTATED)]
-    weight = torch.ones(columns, device=mesh.device, dtype=BF16)
-    for rows in TIMED:
-        found = {}
-        for name in ("fused", "two-shot", "nccl"):
-            for memory in sets:
-                memory.part.normal_(), memory.residual.normal_()
-            torch.cuda.synchronize()
-            mesh.barrier()
-            mesh.collective = "nccl" if name == "nccl" else "symmetric"
-
-            def call(i: int, rows=rows, fused=name == "fused") -> None:
-                memory = sets[i]
-                part, residual = memory.part[:rows], memory.residual[:rows]
-                if fused:
-                    sum_add_rms_norm(part, residual, weight, EPS, memory)
-                else:
-                    ops.add_rms_norm(mesh.all_reduce(part), residual, weight, EPS)
-
-            found[name] = time_us(mesh, call, 24, ROTATED)
-        failure = next((text for m in sets if (text := m.failure())), "no failure")
-        if mesh.rank == 0:
-            nbytes = rows * columns * BF16.itemsize
-            floor = 2 * (mesh.tp_size - 1) / mesh.tp_size * nbytes / 395e3
-            text = ", ".join(f"{name} {us:.1f}" for name, us in found.items())
-            print(
-                f"{rows} rows, {nbytes / 1e6:.1f} MB, us: {text}; at 395 GB/s {floor:.1f}; "
-                f"{failure}",
-                flush=True,
-            )
-    mesh.barrier()
-
-
 CHECKS = (check_numbers, check_stress, check_faults, check_deadline)
 
 if __name__ == "__main__":
-    sys.exit(run("sum ranks", __doc__, CHECKS, time_sums))
+    sys.exit(run("sum ranks", __doc__, CHECKS))

@@ -1,4 +1,4 @@
-"""The kernels on a GPU: the checks of gpu_kernels.py, in a process of their own."""
+"""The kernels on a GPU: the scripts that check them at real sizes, in processes of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_kernels_at_real_sizes():
-    script = Path(__file__).with_name("gpu_kernels.py")
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+@pytest.mark.parametrize("command", [("gpu_kernels.py", "--check"), ("gpu_halo.py",)], ids=" ".join)
+def test_kernels_at_real_sizes(command):
+    script, *options = command
+    line = [sys.executable, str(Path(__file__).with_name(script)), *options]
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
