@@ -22,7 +22,6 @@ def halo_write(
     out: int,
     gamma: int = 0,
     bias: int = 0,
-    past: int = 0,
     before: int = 0,
     after: int = 0,
     dtype: int,

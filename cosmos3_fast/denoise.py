@@ -16,7 +16,15 @@ from cosmos3_fast.latents import Masks, masks
 from cosmos3_fast.layers.rotary import media_positions
 from cosmos3_fast.model import Cosmos3Transformer
 from cosmos3_fast.parallel import Mesh
-from cosmos3_fast.request import Cosmos3ActionRequest, Layout, layout, prompt_ids
+from cosmos3_fast.request import (
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    Cosmos3ActionRequest,
+    Layout,
+    layout,
+    pixels_to_encode,
+    prompt_ids,
+)
 from cosmos3_fast.vae import WanVAE
 
 
@@ -87,6 +95,21 @@ def plan(
         prompts=tuple(tuple(ids) for ids in prompts),
         key=ShapeKey.of(shape, mask, len(prompts), longest, schedule.steps),
     )
+
+
+def check_pictures(
+    vae: WanVAE | None, request: Cosmos3ActionRequest, layout: Layout, *, decode: bool
+) -> None:
+    """ValueError where the request's pictures are too large for the VAE; equal on all ranks."""
+    if vae is None:
+        return
+    pixels = pixels_to_encode(request, layout)
+    if pixels is not None:
+        frames, height, width = pixels.shape[2:]
+        frames = 1 + (frames - 1) // TEMPORAL_FACTOR
+        vae.check_size(frames, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR, decode=False)
+    if decode:
+        vae.check_size(layout.frames, layout.height, layout.width, decode=True)
 
 
 def load(runner: StepRunner, plan: Plan, request: Cosmos3ActionRequest) -> None:

@@ -24,6 +24,7 @@ from cosmos3_fast.config import EngineArgs
 from cosmos3_fast.graph import Encoders, StepRunner
 from cosmos3_fast.loader import LoadReport
 from cosmos3_fast.model import Cosmos3Transformer
+from cosmos3_fast.modes import own_modes
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.request import Cosmos3ActionRequest, Layout, check, pixels_to_encode
 from cosmos3_fast.stages import Stages
@@ -222,19 +223,16 @@ class Engine:
         """Largest device memory in use so far, in bytes; 0 on the CPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
-    def _here(self) -> torch.cuda.device:
-        """For Triton, events and captures, which use a thread's current device; -1: no change."""
-        return torch.cuda.device(self.device.index if self.device.type == "cuda" else -1)
-
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """The engine belongs to this call: its buffers, graphs and the ranks' order of collectives
-        are those of one.
+        are those of one. The call computes in the engine's own modes.
         """
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("this engine is in another call; it runs one at a time")
         try:
-            yield
+            with own_modes(self.device):
+                yield
         finally:
             self._busy.release()
 
@@ -248,7 +246,7 @@ class Engine:
         self._requests += 1
         deadline = None if prepared else startup.PREPARE_S
         try:
-            with torch.no_grad(), self._here(), self._watchdog.step(self._requests, deadline):
+            with self._watchdog.step(self._requests, deadline):
                 return self._run(request, plan, noise, on_step, self._watchdog.note)
         except BaseException as error:
             if self.mesh.world_size > 1:
@@ -276,6 +274,8 @@ class Engine:
             steps = request.num_inference_steps
             schedule = denoise.schedule_of(self.args.plugin_args, self.checkpoint.scheduler, steps)
             plan = denoise.plan(request, self.checkpoint.transformer, schedule)
+            decode = self.args.plugin_args.decode_video
+            denoise.check_pictures(self.vae, request, plan.layout, decode=decode)
             noise = self._host.submit(denoise.noise, plan.layout, request.seed)
             if self.mesh.world_size > 1:
                 facts = agreement.facts(request)
@@ -383,6 +383,8 @@ class Engine:
             capture = self.args.config.runtime.use_cuda_graph
             given = self._encoders.encode(self.vae, pixels, self.device, capture)
         actions = request.cond_action if request.mode == "forward_dynamics" else None
+        if actions is not None:
+            actions = actions[..., : request.raw_action_dim]
         return latents.clean_state(layout, given, actions, request.clean_action, self.device)
 
     def _noise_state(self, noise: Noise, layout: Layout) -> torch.Tensor:

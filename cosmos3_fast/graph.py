@@ -9,11 +9,11 @@ buffers, so one graph serves them all.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -33,10 +33,21 @@ CAPACITIES = (256, 1024, 4096)  # UND tokens a captured step has room for
 STEPS = 64  # rows of the schedule's tables; longer schedules round up to a multiple
 
 
-@cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace (32 MiB) for every stream it has seen."""
-    return torch.cuda.Stream(device)
+class _Streams(threading.local):
+    """A thread's streams for captures, one a device: cuBLAS keeps a workspace (32 MiB) for every
+    stream that a thread has used.
+    """
+
+    def __init__(self) -> None:
+        self._by_device: dict[torch.device, torch.cuda.Stream] = {}
+
+    def of(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._by_device:
+            self._by_device[device] = torch.cuda.Stream(device)
+        return self._by_device[device]
+
+
+_STREAMS = _Streams()
 
 
 @contextmanager
@@ -59,14 +70,15 @@ class Captured(Generic[T]):
         self._run, self._graph = run, None
         if not capture or device.type != "cuda":
             return
-        stream = _capture_stream(device)
+        stream = _STREAMS.of(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             run()
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
+        # Another thread's allocations and copies neither fail nor end this capture.
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._result = run()
 
     def __call__(self) -> T:
@@ -161,12 +173,13 @@ class StepRunner:
         self._capture, self._steps = capture, dict[bool, Captured[None]]()
         self._loaded: dict[str, Hashable] = {}
         device, dtype, values = model.device, model.dtype, layout.values
-        state = torch.zeros(5, values, device=device)
+        wide: dict[str, Any] = {"device": device, "dtype": torch.float32}
+        state = torch.zeros(5, values, **wide)
         self.sample, self.last_sample, self.x0_prev, self.x0_prev2, self.clean = state
         self.noisy = torch.zeros(values, dtype=torch.uint8, device=device)
         self.model_in = torch.zeros(values, dtype=dtype, device=device)
         self.velocity = torch.zeros(key.branches, values, dtype=dtype, device=device)
-        self.coef = torch.zeros(key.steps, len(COEF), device=device)
+        self.coef = torch.zeros(key.steps, len(COEF), **wide)
         self.inputs = _inputs(key, layout, model, self.model_in)
 
     def once(self, name: str, key: Hashable, fill: Callable[[], None]) -> None:
@@ -319,8 +332,8 @@ def _inputs(
         table=torch.zeros(key.steps, hidden, **place),
         step=torch.zeros(1, dtype=torch.int32, device=device),
         noisy=torch.zeros(tokens, dtype=torch.uint8, device=device),
-        cos=torch.zeros(key.branches, tokens, half, device=device),
-        sin=torch.zeros(key.branches, tokens, half, device=device),
+        cos=torch.zeros(key.branches, tokens, half, device=device, dtype=torch.float32),
+        sin=torch.zeros(key.branches, tokens, half, device=device, dtype=torch.float32),
         und_k=torch.zeros(und, **place),
         und_v=torch.zeros(und, **place),
         und_len=torch.zeros(key.branches, dtype=torch.int32, device=device),

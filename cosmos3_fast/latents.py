@@ -39,12 +39,15 @@ def to_patches(latents: torch.Tensor, patch: int) -> torch.Tensor:
 
 
 def from_patches(patches: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Inverse of `to_patches`: [video_tokens, p * p * C] -> [1, C, T, H, W], the padding cut."""
+    """Inverse of `to_patches`: [video_tokens, p * p * C] -> [1, C, T, H, W] in memory of its own,
+    the padding cut.
+    """
     frames, rows, cols = layout.grid
     p = layout.patch
     cells = patches.view(frames, rows, cols, p, p, layout.channels)
     latents = cells.permute(5, 0, 1, 3, 2, 4).reshape(layout.channels, frames, rows * p, cols * p)
-    return latents[None, :, :, : layout.height, : layout.width].contiguous()
+    cut = latents[None, :, :, : layout.height, : layout.width]
+    return cut.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,13 @@ class Masks:
 @lru_cache(maxsize=16)
 def masks(layout: Layout, raw_action_dim: int) -> Masks:
     """The masks of a layout, on the CPU, kept for the next request: not to be written to."""
-    frame_noisy = torch.ones(layout.frames, dtype=torch.uint8)
+    frame_noisy = torch.ones(layout.frames, dtype=torch.uint8, device="cpu")
     frame_noisy[list(layout.clean_frames)] = 0
     shape = (1, layout.channels, layout.frames, layout.height, layout.width)
     moving = frame_noisy.view(1, 1, -1, 1, 1).expand(shape)
     per_frame = layout.grid[1] * layout.grid[2]
     video_tokens = frame_noisy.repeat_interleave(per_frame)
-    row_noisy = (torch.arange(layout.rows) >= layout.clean_rows).to(torch.uint8)
+    row_noisy = (torch.arange(layout.rows, device="cpu") >= layout.clean_rows).to(torch.uint8)
     actions = row_noisy[:, None].repeat(1, layout.action_dim)
     actions[:, raw_action_dim:] = 0
     return Masks(
@@ -93,8 +96,8 @@ def clean_state(
 ) -> torch.Tensor:
     """float32 [N]: the values that stay, at their places, and 0 elsewhere.
 
-    latents [1, C, >= frames that are clean, >= H, >= W], actions [1, chunk, A] (forward_dynamics),
-    state_rows [1, r, raw] in front of them.
+    latents [1, C, >= frames that are clean, >= H, >= W], actions [1, chunk, raw]
+    (forward_dynamics), state_rows [1, r, raw] in front of them.
     """
     place: dict[str, Any] = {"dtype": torch.float32, "device": device}
     video = torch.zeros(1, layout.channels, layout.frames, layout.height, layout.width, **place)
@@ -107,7 +110,7 @@ def clean_state(
     if state_rows is not None:
         action[:, : state_rows.shape[1], : state_rows.shape[2]] = upload(state_rows, device)
     if actions is not None:
-        action[:, layout.dropped_rows :] = upload(actions, device)
+        action[:, layout.dropped_rows :, : actions.shape[2]] = upload(actions, device)
     return flatten(video, action, layout)
 
 

@@ -115,7 +115,9 @@ class PinnedStaging:
 
     def __init__(self, device: torch.device, nbytes: int = STAGING_BYTES) -> None:
         self.device, self.nbytes = device, nbytes
-        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._buffers = [
+            torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)
+        ]
         self._sent = [torch.cuda.Event(), torch.cuda.Event()]
         self._turn = 0
 

@@ -118,10 +118,17 @@ class Mesh:
         """torch's group of an axis; None at size 1."""
         return self._groups.get(axis)
 
+    def two_shot(self, nbytes: int, axis: str = "tp") -> bool:
+        """Whether so many bytes of `symmetric(…, axis)` are reduced by its two-shot kernel."""
+        if axis not in self._groups or self.device.type != "cuda" or self.collective == "nccl":
+            return False
+        limit = TWO_SHOT_BYTES.get(self.size(axis), 0)
+        return self.collective == "symmetric" or nbytes <= limit
+
     def all_reduce(self, x: torch.Tensor, axis: str = "tp") -> torch.Tensor:
         """Sum over the axis, in x, which is returned.
 
-        Memory from `symmetric(…, axis)` is reduced by torch's two-shot kernel where the table says
+        Memory from `symmetric(…, axis)` is reduced by torch's two-shot kernel where `two_shot` says
         so.
         """
         group = self._groups.get(axis)
@@ -243,7 +250,7 @@ class Mesh:
 
     def _make_groups(self) -> dict[str, dist.ProcessGroup]:
         """Groups of the axes larger than 1. Every rank makes all of them, in the same order."""
-        grid = torch.arange(self.world_size).view(self.cfg_size, self.tp_size)
+        grid = torch.arange(self.world_size, device="cpu").view(self.cfg_size, self.tp_size)
         groups: dict[str, dist.ProcessGroup] = {"world": dist.group.WORLD}  # type: ignore[dict-item]
         for axis, rows in (("tp", grid.tolist()), ("cfg", grid.T.tolist())):
             if self.size(axis) == self.world_size:
@@ -267,13 +274,9 @@ class Mesh:
 
     def _two_shot(self, x: torch.Tensor, axis: str) -> bool:
         """Whether symmetric memory's kernel reduces x, from data equal on all ranks of the axis."""
-        if self.collective == "nccl" or not self._registered:
-            return False
-        part = self._registered.get(x.untyped_storage().data_ptr())
-        if part is None or part.axis != axis:
-            return False
-        limit = TWO_SHOT_BYTES.get(self.size(axis), 0)
-        return self.collective == "symmetric" or x.numel() * x.element_size() <= limit
+        part = self._registered.get(x.untyped_storage().data_ptr()) if self._registered else None
+        held = part is not None and part.axis == axis
+        return held and self.two_shot(x.numel() * x.element_size(), axis)
 
 
 def _with_index(device: torch.device, index: int | None) -> torch.device:

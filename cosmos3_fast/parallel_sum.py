@@ -86,9 +86,9 @@ class SumMemory:
 class RowSums:
     """The memory of a model's sums, shared by the row counts up to a power of two.
 
-    A sum that one kernel makes has a `SumMemory`; one that is an all-reduce has peer memory for the
-    part alone. Where ranks cannot see each other's memory, or the mesh is told to use NCCL, it is
-    ordinary memory. All of it follows from what is equal on all ranks.
+    A sum that one kernel makes has a `SumMemory`; one that is a two-shot all-reduce has peer memory
+    for the part alone; others have ordinary memory. All of it follows from what is equal on all
+    ranks.
     """
 
     def __init__(self, mesh: Mesh, *, deadline: float = 30.0) -> None:
@@ -113,7 +113,7 @@ class RowSums:
         memory = self.fused(rows, columns, dtype)
         if memory is not None:
             return memory.part[:rows]
-        if not self._peers:
+        if not self.mesh.two_shot(rows * columns * dtype.itemsize):
             return self._plain(rows, columns, dtype)
         key = _capacity(rows), columns, dtype
         if key not in self._parts:

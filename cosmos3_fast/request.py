@@ -47,7 +47,8 @@ class Cosmos3ActionRequest:
     cond_video_latents `[1, C, t', h, w]` (normalised) or cond_video_pixels `[1, 3, T, H, W]` (float
     in [-1, 1] or uint8) hold the clean frames; t' and T may stop after the last clean frame; a
     latent larger than video_shape is cut to it at the right and bottom. cond_action `[1,
-    action_chunk, action_dim]`: all rows of forward_dynamics. fps in frames a second. clean_action
+    action_chunk, action_dim]`: all rows of forward_dynamics; channels past raw_action_dim are not
+    read, as in diffusers. fps in frames a second. clean_action
     `[1, r, raw_action_dim]`: r rows in front of the chunk, held clean and dropped from the result.
     action_frame_offset: video frame of the first action row; None is 1 - r. guidance_interval:
     `(lo, hi)` in timesteps 0..1000; the unconditional branch runs where lo < t < hi.

@@ -31,8 +31,8 @@ from cosmos3_fast.vae import WanVAE
 
 log = logging.getLogger(__name__)
 PREPARE_S = 600.0  # deadline of a request that must compile, capture or search first
-# What the attention kernels take: powers of two, of which 256 would need more shared memory than a
-# block has on sm_90 (262144 bytes of 232448).
+# What the attention kernels take: powers of two. At 256 the tiles that are set would need more
+# shared memory than a block has on sm_90 (262144 bytes of 232448 by triton 3.6.0).
 GPU_HEAD_DIMS = (16, 32, 64, 128)
 
 

@@ -1,6 +1,6 @@
 // The extension cosmos3_fast._C: a table of contents. Tensors come as integers (addresses, sizes,
 // device index, stream), so the module links no libtorch and serves every version of it;
-// cosmos3_fast/ops.py checks them first.
+// cosmos3_fast/ops/ checks them first.
 #include "bindings.h"
 
 #ifdef COSMOS3_CUDA

@@ -158,10 +158,10 @@ Plan make_plan(int prologue, const std::array<int, 4>& shape, int history,
 }
 
 void halo_write(std::uintptr_t x, std::uintptr_t out, std::uintptr_t gamma, std::uintptr_t bias,
-                std::uintptr_t past, std::uintptr_t before, std::uintptr_t after, int dtype,
-                int prologue, int channels, int frames, int height, int width, int history,
-                int left, int right, int top, int bottom, int axis, std::uintptr_t peer_before,
-                std::uintptr_t peer_after, int64_t slot_bytes, std::uintptr_t state, int device,
+                std::uintptr_t before, std::uintptr_t after, int dtype, int prologue, int channels,
+                int frames, int height, int width, int history, int left, int right, int top,
+                int bottom, int axis, std::uintptr_t peer_before, std::uintptr_t peer_after,
+                int64_t slot_bytes, std::uintptr_t state, int device,
                 [[maybe_unused]] std::uintptr_t stream) {
     const Plan plan = make_plan(prologue, {channels, frames, height, width}, history,
                                 {left, right, top, bottom}, axis);
@@ -181,7 +181,6 @@ void halo_write(std::uintptr_t x, std::uintptr_t out, std::uintptr_t gamma, std:
         at<const float>(gamma),
         at<const float>(bias),
         at<const void>(x),
-        at<const void>(past),
         {at<const void>(before), at<const void>(after)},
         at<void>(out),
         {{at<char>(peer_before), at<char>(peer_after)}, slot_bytes, at<State>(state)},
@@ -253,13 +252,13 @@ void bind_halo(pybind11::module_& module) {
     namespace py = pybind11;
     using namespace cosmos3::halo;
     module.def("halo_write", &halo_write, py::kw_only(), py::arg("x"), py::arg("out"),
-               py::arg("gamma") = 0, py::arg("bias") = 0, py::arg("past") = 0,
-               py::arg("before") = 0, py::arg("after") = 0, py::arg("dtype"), py::arg("prologue"),
-               py::arg("channels"), py::arg("frames"), py::arg("height"), py::arg("width"),
-               py::arg("history"), py::arg("left"), py::arg("right"), py::arg("top"),
-               py::arg("bottom"), py::arg("axis"), py::arg("peer_before") = 0,
-               py::arg("peer_after") = 0, py::arg("slot_bytes") = 0, py::arg("state") = 0,
-               py::arg("device"), py::arg("stream") = 0, py::call_guard<py::gil_scoped_release>());
+               py::arg("gamma") = 0, py::arg("bias") = 0, py::arg("before") = 0,
+               py::arg("after") = 0, py::arg("dtype"), py::arg("prologue"), py::arg("channels"),
+               py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("history"),
+               py::arg("left"), py::arg("right"), py::arg("top"), py::arg("bottom"),
+               py::arg("axis"), py::arg("peer_before") = 0, py::arg("peer_after") = 0,
+               py::arg("slot_bytes") = 0, py::arg("state") = 0, py::arg("device"),
+               py::arg("stream") = 0, py::call_guard<py::gil_scoped_release>());
     module.def("halo_wait", &halo_wait, py::kw_only(), py::arg("out"), py::arg("dtype"),
                py::arg("prologue"), py::arg("channels"), py::arg("frames"), py::arg("height"),
                py::arg("width"), py::arg("history"), py::arg("left"), py::arg("right"),

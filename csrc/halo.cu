@@ -227,7 +227,7 @@ bool takes_vectors(const Write& write) {
     const int64_t bytes = int64_t(write.plan.channels) * sizeof(T);
     return bytes % 16 == 0 && bytes <= kMostVectors<T> * 16 && aligned(write.x) &&
            aligned(write.out) && aligned(write.gamma) && aligned(write.bias) &&
-           aligned(write.past) && aligned(write.edge[kBefore]) && aligned(write.edge[kAfter]);
+           aligned(write.edge[kBefore]) && aligned(write.edge[kAfter]);
 }
 
 // Lanes x vectors a cell: the fewest lanes that hold its channels in 4 vectors each (5 for the

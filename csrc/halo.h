@@ -123,13 +123,11 @@ HALO_INLINE int64_t sent_place(const Plan& plan, Side towards, int frame, int ro
     return edge_place(plan, n, frame - plan.history, along, across);
 }
 
-// What a place of padding copies: the earlier frames, an edge, or (from nothing) zero.
+// What a place of padding copies: an edge, or (from nothing) zero.
 struct Borrowed {
     const void* from;
     int64_t place;
 };
-
-struct Link;
 
 struct State {         // one a rank, on its device, zero at the start; the kernels advance it
     uint32_t epoch;    // exchanges done
@@ -171,8 +169,8 @@ struct Write {
     int dtype, prologue;
     float root;                 // sqrt(channels)
     const float *gamma, *bias;  // [channels]; null: no bias
-    const void *x, *past;       // past [history, rows, columns, channels]; null: zeros
-    const void* edge[2];        // exchanged already, by side; null: that padding stays zero
+    const void* x;
+    const void* edge[2];  // exchanged already, by side; null: that padding stays zero
     void* out;
     Link link;
 };
@@ -190,7 +188,7 @@ struct Wait {
 
 HALO_INLINE Borrowed borrow(const Write& write, int frame, int row, int column) {
     const Plan& plan = write.plan;
-    if (frame < plan.history) return {write.past, out_place(plan, frame, row, column)};
+    if (frame < plan.history) return {nullptr, 0};
     const int at = plan.axis == 3 ? row : column, lead = plan.border(kBefore);
     const int across = plan.axis == 3 ? column - plan.left : row - plan.top;
     if (plan.axis == 0 || across < 0 || across >= plan.across()) return {nullptr, 0};

@@ -23,7 +23,7 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gpu import is_hopper, processors
@@ -106,6 +106,7 @@ def _hopper_kernel(
         mbarrier.init(v_bars.index(i), count=1)
         mbarrier.init(k_bars.index(STAGES + i), count=CONSUMERS)
         mbarrier.init(v_bars.index(STAGES + i), count=CONSUMERS)
+    fence_async_shared()  # before a TMA load arrives at one of them
     loads = (
         q_smem, k_smem, v_smem, q_bars, k_bars, v_bars, q_desc, k_desc, v_desc,
         gen_k_desc, gen_v_desc, und_k_desc, und_v_desc, und_len_ptr, tiles, blocks, groups, gen_keys

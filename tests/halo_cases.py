@@ -61,6 +61,7 @@ ODD = (
     Case("stride 2", (40, 2, 6, 5), "none", 0, RIGHT_BOTTOM),
     Case("no padding", (64, 2, 4, 4), pad=(0, 0, 0, 0), history=0),
     Case("plain copy", (16, 2, 4, 5), "none", bias=False),
+    Case("zero pixels", (24, 2, 5, 4), bias=False),
 )
 
 
@@ -125,8 +126,10 @@ def _distance(y: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def limit(dtype: torch.dtype, eager: float) -> float:
-    """float32: 1e-5 of values up to some 30; else twice eager's own error."""
-    return 1e-4 if dtype == torch.float32 else 2 * eager
+    """Twice eager's own error; in float32, where that may be nearly none, at least two ulp of a
+    value of 16: norms of SiLUs here reach some 18.
+    """
+    return max(2 * eager, 2 * 16 * torch.finfo(dtype).eps if dtype == torch.float32 else 0.0)
 
 
 @dataclass

@@ -369,7 +369,7 @@ def _initial(request: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     if request.clean_action is not None:
         action[: plan.dropped, :raw] = request.clean_action[0]
     if request.mode == "forward_dynamics":
-        action[plan.dropped :] = request.cond_action[0]
+        action[plan.dropped :, :raw] = request.cond_action[0, :, :raw]
     return video, action
 
 

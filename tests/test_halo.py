@@ -30,6 +30,7 @@ from halo_cases import (
 )
 from own_process import run_over_gpus
 
+from cosmos3_fast import _C
 from cosmos3_fast.kernels import reference_conv
 from cosmos3_fast.ops import halo
 from cosmos3_fast.parallel import Mesh
@@ -87,16 +88,6 @@ def test_given_edges_fill_the_padding_bit_for_bit(axis, prologue, pad, device):
     inner = outside[:, :, 1:, pad[2] : want.shape[3] - pad[3], pad[0] : want.shape[4] - pad[1]]
     inner.zero_()
     assert torch.equal(out[outside], want[outside])
-
-
-@on_devices
-def test_past_frames_stand_in_front(device):
-    given = inputs(SMALL, torch.bfloat16, device)
-    earlier = halo.conv_input(**inputs(SMALL, torch.bfloat16, device, seed=1))
-    past = earlier[:, :, -2:]
-    out = halo.conv_input(**given, past=past)
-    assert torch.equal(out[:, :, :2], past)
-    assert torch.equal(out[:, :, 2:], halo.conv_input(**given)[:, :, 2:])
 
 
 @on_devices
@@ -345,6 +336,15 @@ def test_slots_need_memory_that_ranks_share():
     mesh.world_size = 2
     with pytest.raises(ValueError, match="cannot see each other's memory"):
         EdgeSlots(mesh, 1000)
+
+
+def test_the_layout_is_the_extensions():
+    for nbytes in (1, 256, 4096):
+        slots = Ranks(1, nbytes).slots[0]
+        assert slots.state.numel() * slots.state.element_size() == _C.HALO_STATE_BYTES
+        memory = slots.memory.tensor
+        assert memory.numel() == _C.halo_buffer_bytes(slots.slot_bytes)
+        assert slots.slot_bytes >= nbytes
 
 
 @pytest.mark.gpu2

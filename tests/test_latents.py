@@ -106,12 +106,23 @@ def test_clean_values_stand_at_their_places():
 
 def test_clean_actions_follow_the_state_rows():
     shape = lay(mode="forward_dynamics", clean_action=noise(1, 2, 2))
-    actions, state = noise(1, 4, 5, seed=5), noise(1, 2, 2, seed=6).bfloat16()
+    actions, state = noise(1, 4, 2, seed=5), noise(1, 2, 2, seed=6).bfloat16()
     values = clean_state(shape, noise(1, 3, 1, 5, 6).half(), actions, state, CPU)
     _, rows = split(values, shape)
     assert values.dtype is torch.float32
-    assert torch.equal(rows[:, 2:], actions)
+    assert torch.equal(rows[:, 2:, :2], actions)
     assert torch.equal(rows[:, :2, :2], state.float())
+    assert not rows[:, :, 2:].any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 2)])
+def test_video_latents_have_memory_of_their_own(size):
+    """One latent pixel is a view of the state all the way."""
+    shape = lay(1, *size)
+    state = torch.zeros(shape.values)
+    video, _ = split(state, shape)
+    assert video.is_contiguous()
+    assert video.untyped_storage().data_ptr() != state.untyped_storage().data_ptr()
 
 
 def test_nothing_clean_is_all_zero():

@@ -327,7 +327,7 @@ def test_the_log_names_what_sums_over_ranks(monkeypatch):
 
 
 def test_only_a_fused_sum_has_memory_for_all_three(monkeypatch):
-    """A limit between two row counts of one capacity."""
+    """A limit between two row counts of one capacity; NCCL's sums take no memory that is kept."""
     mesh, made = Mesh(torch.device("cpu"), tp_size=2), []
 
     def symmetric(shape, dtype, axis):
@@ -340,10 +340,11 @@ def test_only_a_fused_sum_has_memory_for_all_three(monkeypatch):
 
     monkeypatch.setattr(mesh, "symmetric", symmetric)
     monkeypatch.setattr(RowSums, "_peers", True)
+    monkeypatch.setattr(mesh, "two_shot", lambda nbytes, axis="tp": nbytes <= 128 * 8192)
     monkeypatch.setattr(parallel_sum, "FUSED_BYTES", {2: 100 * 8192})
     monkeypatch.setattr(parallel_sum, "SumMemory", Read)
     sums, wide = RowSums(mesh), (4096, torch.bfloat16)
-    for rows in (101, 128):
+    for rows in (129, 101, 128, 4096):
         assert sums.fused(rows, *wide) is None
         assert sums.part(rows, *wide).shape == sums.residual(rows, *wide).shape == (rows, 4096)
     assert made == [128] and sums.failure() is None

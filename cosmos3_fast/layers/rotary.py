@@ -10,13 +10,13 @@ from cosmos3_fast.request import TEMPORAL_FACTOR, Layout
 
 def inverse_frequencies(config: TransformerConfig) -> torch.Tensor:
     """[D/2] float32 on the CPU, in the one form whose rounding the model was trained with."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    return 1.0 / (config.rope_theta**exponents)
+    index = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    return 1.0 / (config.rope_theta ** (index / config.head_dim))
 
 
 def axis_of_frequency(config: TransformerConfig) -> torch.Tensor:
     """[D/2] int64: which axis (0 time, 1 height, 2 width) turns each frequency."""
-    axes = torch.zeros(config.head_dim // 2, dtype=torch.int64)
+    axes = torch.zeros(config.head_dim // 2, dtype=torch.int64, device="cpu")
     for axis in (1, 2):
         axes[axis : 3 * config.rope_axes_dim[axis] : 3] = axis
     return axes
@@ -49,7 +49,7 @@ def media_positions(
     row = torch.arange(rows, dtype=torch.float32, device=device)
     col = torch.arange(cols, dtype=torch.float32, device=device)
     video = torch.stack([a.flatten() for a in torch.meshgrid(time, row, col, indexing="ij")])
-    action = torch.zeros(3, layout.rows, device=device)
+    action = torch.zeros(3, layout.rows, dtype=torch.float32, device=device)
     action[0] = steps(layout.rows, layout.offset, fps, modulated)
     return torch.cat((video, action), dim=1)
 

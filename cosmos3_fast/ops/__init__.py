@@ -1,9 +1,10 @@
 """The only door to fused kernels: one function per operation, whatever the device.
 
 A CUDA tensor goes to the Triton kernel (or `_C`), a CPU tensor to the one torch reference of the
-operation (`kernels/reference.py`), and so does any tensor inside `with ops.reference():`. The
-choice follows from the tensor's device alone; no operation falls back after a failure. Shapes and
-formulas stand in the references' docstrings.
+operation (`kernels/reference.py`), and so does any tensor inside `with ops.reference():`; pictures
+and noise go to `_C` on the CPU too. The choice follows from the tensor's device and from what the
+build holds; no operation falls back after a failure. Shapes and formulas stand in the references'
+docstrings.
 """
 
 from __future__ import annotations
@@ -295,6 +296,6 @@ def legacy_normal(seed: int, count: int, *, threads: int = 4) -> torch.Tensor:
         )
     if _forced:
         return _reference.legacy_normal(seed, count)
-    out = torch.empty(count, dtype=torch.float32)
+    out = torch.empty(count, dtype=torch.float32, device="cpu")
     _extension().legacy_normal(seed, out.data_ptr(), count, threads)
     return out

@@ -36,7 +36,6 @@ def conv_input(
     gamma: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     history: int = 0,
-    past: torch.Tensor | None = None,
     pad: tuple[int, int, int, int] = (0, 0, 0, 0),
     axis: int = 3,
     before: torch.Tensor | None = None,
@@ -47,19 +46,16 @@ def conv_input(
     channels_last_3d, one kernel.
 
     As `kernels.reference_conv.conv_input`; x float32, float16 or bfloat16, gamma and bias [C] used
-    as float32. `past` [1, C, history, rows, columns]: frames in front instead of zeros, as an
-    earlier result of this function ends with. `out`: a result's shape, dtype and memory format.
-    Raises ValueError for shapes, dtypes and devices that disagree.
+    as float32. `out`: a result's shape, dtype and memory format. Raises ValueError for shapes,
+    dtypes and devices that disagree.
     """
     x = _channels_last(x)
     plan = _plan(x, prologue, history, pad, axis)
     out = _result(x, plan, out)
-    rows, columns = out.shape[3:]
     lead, tail = (pad[i] for i in _SIDES[axis])
     operands = {
         "gamma": _vector("gamma", gamma, x),
         "bias": _vector("bias", bias, x),
-        "past": _operand("past", past, x, (history, rows, columns)),
         "before": _operand("before", before, x, _edge_shape(out, history, pad, axis, lead)),
         "after": _operand("after", after, x, _edge_shape(out, history, pad, axis, tail)),
     }
@@ -117,7 +113,6 @@ def send_edges(
     gamma: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     history: int = 0,
-    past: torch.Tensor | None = None,
     pad: tuple[int, int, int, int] = (0, 0, 0, 0),
     axis: int = 3,
     out: torch.Tensor | None = None,
@@ -131,7 +126,6 @@ def send_edges(
     operands = {
         "gamma": _vector("gamma", gamma, x),
         "bias": _vector("bias", bias, x),
-        "past": _operand("past", past, x, (history, *out.shape[3:])),
     }
     _write(x, out, operands, plan | slots.targets())
     return out, plan

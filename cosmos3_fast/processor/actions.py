@@ -77,7 +77,7 @@ class ActionPad:
             )
         if count < self.chunk:
             rows = torch.cat([rows, rows[-1:].expand(self.chunk - count, width)])
-        padded = torch.zeros(1, self.chunk, self.action_dim)
+        padded = torch.zeros(1, self.chunk, self.action_dim, dtype=torch.float32, device="cpu")
         padded[0, :, :width] = rows[: self.chunk]
         return padded
 

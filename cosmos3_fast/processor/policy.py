@@ -218,7 +218,7 @@ class Cosmos3PolicyProcessor:
 
 def _row(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and their all-ones mask: int64 [1,n] each."""
-    row = torch.tensor([ids], dtype=torch.int64)
+    row = torch.tensor([ids], dtype=torch.int64, device="cpu")
     return row, torch.ones_like(row)
 
 

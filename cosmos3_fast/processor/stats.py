@@ -45,7 +45,7 @@ def _vector(stats: dict[str, Any], key: str, name: str) -> torch.Tensor:
     if key not in stats:
         raise ValueError(f"action stats {name} lack {key!r}; they hold {sorted(stats)}")
     try:
-        vector = torch.tensor(stats[key], dtype=torch.float32)
+        vector = torch.tensor(stats[key], dtype=torch.float32, device="cpu")
     except (TypeError, ValueError) as error:
         raise ValueError(f"action stats {name}: {key!r} is no list of numbers") from error
     if vector.ndim != 1 or not len(vector) or not bool(torch.isfinite(vector).all()):
