@@ -27,7 +27,7 @@ def digest(value: Any) -> str:
     """A text that is equal for equal values: the value itself when short, else a sha256.
 
     Tensors (any device; a cuda tensor is copied to the host, which waits for it) and arrays count
-    by dtype, shape and bytes, not by device or strides. Also dataclasses, mappings, sequences,
+    by dtype, shape and bytes, not by device or strides. Also dataclasses, mappings, any sequence,
     None, numbers, strings and torch dtypes; anything else raises TypeError.
     """
     if isinstance(value, torch.Tensor):
@@ -40,7 +40,7 @@ def digest(value: Any) -> str:
         value = value.item()
     if isinstance(value, (bool, int, float, str, type(None), torch.dtype)):
         text = repr(value)
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, Sequence):
         text = f"[{', '.join(map(digest, value))}]"
     elif dataclasses.is_dataclass(value) or isinstance(value, Mapping):
         text = json.dumps(facts(value), sort_keys=True)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from cosmos3_fast.numeric import is_finite, is_integer
 
 log = logging.getLogger(__name__)
 
@@ -28,27 +28,18 @@ PLUGINS = ("cosmos3_policy_wn", "cosmos3_policy")
 MAX_DEADLINE_S = 1e9  # kernels that wait count nanoseconds in 64 bits
 
 
-def _is_number(value: Any) -> bool:
-    try:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
-        return False
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-
-
 def _all(kind: Callable[[Any], bool], values: Any) -> bool:
     return isinstance(values, tuple) and all(map(kind, values))
 
 
 _NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # by a field's annotation
-    "int": ("a positive integer", _is_count),
-    "float": ("positive and finite", lambda value: _is_number(value) and value > 0),
-    "float | None": ("finite", lambda value: value is None or _is_number(value)),
-    "tuple[int, ...]": ("positive integers", lambda values: _all(_is_count, values)),
-    "tuple[float, ...]": ("finite numbers", lambda values: _all(_is_number, values)),
+    "int": ("a positive integer", lambda value: is_integer(value) and value >= 1),
+    "float": ("positive and finite", lambda value: is_finite(value) and value > 0),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "bool | None": ("true or false", lambda value: value is None or isinstance(value, bool)),
+    "float | None": ("finite", lambda value: value is None or is_finite(value)),
+    "tuple[int, ...]": ("positive integers", lambda values: _all(_NUMBERS["int"][1], values)),
+    "tuple[float, ...]": ("finite numbers", lambda values: _all(is_finite, values)),
 }
 
 
@@ -103,14 +94,16 @@ class RuntimeConfig:
     """How the engine runs.
 
     `use_cuda_graph`: capture the denoising step (CUDA only; False runs the same code eagerly).
-    `step_deadline_s`: seconds one request may take over several ranks before the watchdog ends the
-    process. `max_graphs`, `max_prompts`: how many captured shapes, prompts' keys and values stay.
-    `decode_max_bytes`: activation memory the VAE may plan with before it decodes in latent-frame
-    groups. `collective`: GPU ranks' sums by "auto" (tables), "symmetric" memory or "nccl" alone.
+    Over several ranks the watchdog ends the process when a request takes longer than
+    `step_deadline_s` seconds, or another rank gives no sign for `silence_s`. `max_graphs`,
+    `max_prompts`: how many captured shapes, prompts' keys and values stay. `decode_max_bytes`:
+    activation memory the VAE may plan with before it decodes in latent-frame groups. `collective`:
+    GPU ranks' sums by "auto" (tables), "symmetric" memory or "nccl" alone.
     """
 
     use_cuda_graph: bool = True
     step_deadline_s: float = 30.0
+    silence_s: float = 10.0
     max_graphs: int = 4
     max_prompts: int = 8
     decode_max_bytes: int = 48 << 30
@@ -120,9 +113,10 @@ class RuntimeConfig:
         _check_numbers(self)
         if self.collective not in COLLECTIVES:
             raise ValueError(f"collective must be one of {COLLECTIVES}, got {self.collective!r}")
-        seconds = self.step_deadline_s
-        if seconds > MAX_DEADLINE_S:
-            raise ValueError(f"step_deadline_s must be at most {MAX_DEADLINE_S:g}, got {seconds}")
+        for name in ("step_deadline_s", "silence_s"):
+            seconds = getattr(self, name)
+            if seconds > MAX_DEADLINE_S:
+                raise ValueError(f"{name} must be at most {MAX_DEADLINE_S:g}, got {seconds}")
 
 
 @dataclass(frozen=True)
@@ -347,7 +341,15 @@ class SchedulerConfig:
         "num_train_timesteps": 1000,
         "use_exponential_sigmas": False,
         "use_beta_sigmas": False,
+        "use_dynamic_shifting": False,
+        "shift_terminal": None,
+        "solver_p": None,
     }
+    IGNORED = (  # betas, thresholds, other schedules' timesteps
+        *("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+        *("dynamic_thresholding_ratio", "sample_max_value", "use_flow_sigmas"),
+        *("timestep_spacing", "steps_offset", "time_shift_type"),
+    )
 
     def __post_init__(self) -> None:
         _check_numbers(self, "scheduler config: ")
@@ -357,15 +359,9 @@ class SchedulerConfig:
         cls, data: Mapping[str, Any], model_index: Mapping[str, Any] | None = None
     ) -> SchedulerConfig:
         """From the two files' JSON; ValueError names the key that this solver does not have."""
-        for key, value in cls.REQUIRED.items():
-            if key in data and data[key] != value:
-                raise ValueError(
-                    f"scheduler config: {key} = {data[key]!r} is not supported, only {value!r}"
-                )
-        names = {f.name for f in dataclasses.fields(cls)}
-        fields = {k: v for k, v in data.items() if k in names and v is not None}
-        native = bool((model_index or {}).get("use_native_flow_schedule", False))
-        return cls(**fields | {"use_native_flow_schedule": native})
+        known = {k: v for k, v in data.items() if k not in cls.IGNORED}
+        known["use_native_flow_schedule"] = (model_index or {}).get("use_native_flow_schedule")
+        return cls(**_take(cls, known, cls.REQUIRED, "scheduler config"))
 
 
 @dataclass(frozen=True)
@@ -387,7 +383,9 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint folder {folder} does not exist")
         index = folder / "model_index.json"
         model_index = read_json(index) if index.is_file() else {}
-        has_vae = (folder / "vae" / "config.json").is_file()
+        if not model_index:
+            log.warning("%s is missing: taken as one that asks for no native schedule", index)
+        has_vae = any((folder / "vae").glob("*"))
         return cls(
             folder=folder,
             transformer=TransformerConfig.from_dict(

@@ -156,14 +156,24 @@ def noise(layout: Layout, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def require_in_time(mesh: Mesh, parts: Iterable[Cosmos3Transformer | WanVAE | None]) -> None:
-    """TimeoutError on every rank when a kernel of any rank gave up waiting for another one: what
-    that rank got wrong may be in all results. Waits for the device.
+    """The ranks meet at a request's end. TimeoutError on every rank when a kernel of any rank gave
+    up waiting for another one: what that rank got wrong may be in all results. RuntimeError when
+    another rank has not come to its end (`tell_failure`). Waits for the device.
     """
     found = [part.failure() for part in parts if part is not None]
-    late = next((text for text in found if text), None)
-    first = next((text for text in mesh.gather_objects(late) if text), None)
+    late = next((text for text in found if text), "")
+    cards = mesh.gather_objects([late, ""])
+    failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(cards) if text]
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    first = next((text for text, _ in cards if text), "")
     if first:
         raise TimeoutError(first)
+
+
+def tell_failure(mesh: Mesh, error: BaseException) -> None:
+    """What a rank that will not come to `require_in_time` has for those that do; nobody waits."""
+    mesh.tell(["", f"{type(error).__name__}: {error}"])
 
 
 def finite(result: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

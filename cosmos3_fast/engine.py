@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from cosmos3_fast import agreement, denoise, latents, startup
-from cosmos3_fast.cache import BoundedCache
 from cosmos3_fast.checkpoint import Slot
+from cosmos3_fast.checks import check
 from cosmos3_fast.config import EngineArgs
-from cosmos3_fast.graph import Encoders, StepRunner
+from cosmos3_fast.kept import DECODER, Kept
 from cosmos3_fast.loader import LoadReport
 from cosmos3_fast.model import Cosmos3Transformer
 from cosmos3_fast.modes import own_modes
 from cosmos3_fast.parallel import Mesh
-from cosmos3_fast.request import Cosmos3ActionRequest, Layout, check, pixels_to_encode
+from cosmos3_fast.request import Cosmos3ActionRequest, Layout, pixels_to_encode
 from cosmos3_fast.stages import Stages
 from cosmos3_fast.vae import WanVAE
 from cosmos3_fast.watchdog import Watchdog
@@ -34,9 +34,6 @@ from cosmos3_fast.watchdog import Watchdog
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Noise = Future[tuple[np.ndarray, np.ndarray]]  # of video and action
-Und = tuple[torch.Tensor, torch.Tensor]  # keys and values of a prompt
-MAX_ENCODERS = 4  # captured encoder shapes kept
-MAX_DECODERS = 64  # decoded shapes remembered: cuDNN keeps what its search found
 
 
 class Engine:
@@ -76,11 +73,7 @@ class Engine:
         self._failed, self._requests, self._warned = "", 0, False
         self._busy = threading.Lock()
         runtime = args.config.runtime
-        self._runners = BoundedCache[StepRunner](runtime.max_graphs, StepRunner.close)
-        self._encoders = Encoders(MAX_ENCODERS)
-        self._prompts = BoundedCache[Und](runtime.max_prompts)
-        self._decoders = BoundedCache[bool](MAX_DECODERS)
-        self._caches = (self._runners, self._encoders, self._prompts, self._decoders)
+        self._kept = Kept(runtime)
         self._host = ThreadPoolExecutor(1, thread_name_prefix="cosmos3-noise")
         self._watchdog: Watchdog | None = None
         try:
@@ -91,7 +84,9 @@ class Engine:
             self._model, self.vae, self.load_reports = self.together(
                 lambda: startup.build(args, self.checkpoint, self.mesh, weights, progress)
             )
-            self._watchdog = Watchdog(self.mesh, deadline=runtime.step_deadline_s)
+            self._watchdog = Watchdog(
+                self.mesh, deadline=runtime.step_deadline_s, silence=runtime.silence_s
+            )
         except BaseException:
             self.close()
             raise
@@ -194,16 +189,16 @@ class Engine:
         RuntimeError; closing again does nothing.
         """
         with self._alone():
-            if self._watchdog is not None:
-                self._watchdog.close()
-            self._host.shutdown()
-            for cache in self._caches:
-                cache.clear()
-            self._model = self.vae = None
-            self.mesh.close()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self._failed = "closed"
+            try:
+                if self._watchdog is not None:
+                    self._watchdog.close()
+                self._host.shutdown()
+                self._kept.clear()
+            finally:
+                self._failed, self._model, self.vae = "closed", None, None
+                self.mesh.close()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
 
     def __enter__(self) -> Engine:
         return self
@@ -242,16 +237,29 @@ class Engine:
         if self._failed:
             self._fail_again()
         assert self._watchdog is not None
-        plan, noise, prepared = self._agree(request)
+        try:
+            plan, noise, prepared = self._agree(request)
+        except ValueError:
+            raise  # on every rank
+        except BaseException as error:  # this rank alone: it has not met the others
+            self._fail(error)
+            raise
         self._requests += 1
         deadline = None if prepared else startup.PREPARE_S
+        meetings = self.mesh.meetings
         try:
             with self._watchdog.step(self._requests, deadline):
                 return self._run(request, plan, noise, on_step, self._watchdog.note)
         except BaseException as error:
-            if self.mesh.world_size > 1:
-                self._failed = f"{type(error).__name__}: {error}"
+            self._fail(error)
+            if self.mesh.meetings == meetings:  # the others wait for this rank in `require_in_time`
+                denoise.tell_failure(self.mesh, error)
             raise
+
+    def _fail(self, error: BaseException) -> None:
+        """Over several ranks: what the others have done is not known, so no request may follow."""
+        if self.mesh.world_size > 1:
+            self._failed = f"{type(error).__name__}: {error}"
 
     def _fail_again(self) -> NoReturn:
         """Refuse to go on; ranks that did not fail get a ValueError instead of waiting for this
@@ -259,7 +267,7 @@ class Engine:
         """
         error = RuntimeError(f"this engine must be rebuilt: {self._failed}")
         if self.mesh.channel is not None:
-            with suppress(ValueError):
+            with suppress(ValueError, TimeoutError, ConnectionError):
                 agreement.agree(self.mesh, {}, error=error)
         raise error
 
@@ -269,53 +277,43 @@ class Engine:
         The plan, its noise (drawn meanwhile), and whether every rank has prepared its steps.
         """
         plan, noise, error, facts = None, None, None, dict[str, str]()
+        decode = self.args.plugin_args.decode_video
         try:
             check(request, self.checkpoint.transformer, has_encoder=self.vae is not None)
             steps = request.num_inference_steps
             schedule = denoise.schedule_of(self.args.plugin_args, self.checkpoint.scheduler, steps)
             plan = denoise.plan(request, self.checkpoint.transformer, schedule)
-            decode = self.args.plugin_args.decode_video
             denoise.check_pictures(self.vae, request, plan.layout, decode=decode)
             noise = self._host.submit(denoise.noise, plan.layout, request.seed)
             if self.mesh.world_size > 1:
                 facts = agreement.facts(request)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
-        state = {} if plan is None else self._state(plan, request)
+        state = {} if plan is None else self._kept.state(plan, request, self.mesh, decode=decode)
         together = agreement.agree(self.mesh, facts, error=error, state=state)
         assert plan is not None and noise is not None
-        if None in together.values():
-            self._forget()
-        if self.mesh.cfg_size == 2 and not any(plan.guided) and not self._warned:
+        differ = {name for name, held in together.items() if held is None}
+        if differ - {DECODER}:
+            self._kept.clear()
+        self._warn(request, plan)
+        ready = all(held for name, held in together.items() if "prompt" not in name)
+        return plan, noise, ready and not differ
+
+    def _warn(self, request: Cosmos3ActionRequest, plan: denoise.Plan) -> None:
+        """Once: guidance, or ranks for it, that do nothing."""
+        if self._warned or any(plan.guided):
+            return
+        idle = []
+        if request.guidance_scale != 1.0:
+            times = plan.schedule.timesteps
+            span = f"the timesteps {times[0]} to {times[-1]}"
+            idle.append(f"guidance_interval {request.guidance_interval} holds none of {span}")
+        if self.mesh.cfg_size == 2:
+            idle.append("with cfg_size 2 the second group adds nothing")
+        if idle:
             self._warned = True
             if self.mesh.rank == 0:
-                log.warning("no step is guided: with cfg_size 2 the second group adds nothing")
-        return plan, noise, all(held for name, held in together.items() if "prompt" not in name)
-
-    def _state(self, plan: denoise.Plan, request: Cosmos3ActionRequest) -> dict[str, bool | None]:
-        """Which of the things whose making is a collective or takes long this rank has; None for a
-        prompt that only the other guidance branch needs.
-        """
-        branches = plan.branches(self.mesh)  # differ between the cfg groups
-        held: dict[str, bool | None] = {
-            f"prompt {i}": ids in self._prompts if i in branches else None
-            for i, ids in enumerate(plan.prompts)
-        }
-        runner, pixels = self._runners.peek(plan.key), pixels_to_encode(request, plan.layout)
-        for guided in set(plan.guided):
-            held[f"step {guided}"] = runner is not None and runner.prepared(guided)
-        if pixels is not None:
-            held["encoder"] = tuple(pixels.shape) in self._encoders
-        if self.args.plugin_args.decode_video:
-            held["decoder"] = _decoder_key(plan.layout) in self._decoders
-        return held
-
-    def _forget(self) -> None:
-        """Ranks differ in what they have cached: all of them go on from nothing, so that they stay
-        equal in what their caches drop later, too.
-        """
-        for cache in self._caches:
-            cache.clear()
+                log.warning("no step is guided: %s", "; ".join(idle))
 
     def _run(
         self,
@@ -327,13 +325,13 @@ class Engine:
     ) -> dict[str, torch.Tensor]:
         stages = Stages(self.device)
         note("before its first step")
-        runner = self._runner(plan)
+        runner = self._kept.runner(plan, self.model)
         stages.mark("prepare")
         clean = self._clean(request, plan.layout)
         stages.mark("encode")
         for branch in plan.branches(self.mesh):
             ids = plan.prompts[branch]
-            runner.set_prompt(branch, ids, self._und(ids))
+            runner.set_prompt(branch, ids, self._kept.und(ids, self.model))
         stages.mark("prompt")
         denoise.load(runner, plan, request)
         runner.set_state(self._noise_state(noise, plan.layout), clean)
@@ -355,25 +353,9 @@ class Engine:
         denoise.require_in_time(self.mesh, (self.model, self.vae))
         denoise.require_finite(finite)
         if self.args.plugin_args.decode_video:
-            self._decoders.get(_decoder_key(plan.layout), lambda: True)
+            self._kept.note_decoded(plan.layout)
         self.times = stages.milliseconds()
         return result
-
-    def _runner(self, plan: denoise.Plan) -> StepRunner:
-        """The runner of the plan's shape, its steps captured; the least recently used one goes."""
-
-        def make() -> StepRunner:
-            capture = self.args.config.runtime.use_cuda_graph
-            return StepRunner(plan.key, plan.layout, self.model, capture=capture)
-
-        runner = self._runners.get(plan.key, make)
-        for guided in sorted(set(plan.guided)):
-            runner.prepare(guided)
-        return runner
-
-    def _und(self, ids: tuple[int, ...]) -> Und:
-        """Keys and values of a prompt, computed once while it stays among the last used."""
-        return self._prompts.get(ids, lambda: self.model.encode_prompt(ids))
 
     def _clean(self, request: Cosmos3ActionRequest, layout: Layout) -> torch.Tensor:
         """float32 [N]: the clean values of the state, pixels encoded where they are given."""
@@ -381,7 +363,7 @@ class Engine:
         if pixels is not None:
             assert self.vae is not None
             capture = self.args.config.runtime.use_cuda_graph
-            given = self._encoders.encode(self.vae, pixels, self.device, capture)
+            given = self._kept.encoders.encode(self.vae, pixels, self.device, capture)
         actions = request.cond_action if request.mode == "forward_dynamics" else None
         if actions is not None:
             actions = actions[..., : request.raw_action_dim]
@@ -391,10 +373,3 @@ class Engine:
         parts = map(torch.from_numpy, noise.result())
         video, action = (latents.upload(part, self.device) for part in parts)
         return latents.flatten(video, action, layout)
-
-
-def _decoder_key(layout: Layout) -> tuple[int, ...]:
-    """What cuDNN's search depends on: the latents' shape, and the thread, which has a cache of its
-    own. Several shapes share a `ShapeKey`.
-    """
-    return layout.frames, layout.height, layout.width, threading.get_ident()

@@ -235,6 +235,7 @@ class StepRunner:
             self.inputs.noisy.copy_(masks.tokens)
             self.inputs.video_rows.copy_(masks.video_rows)
             self.inputs.action_rows.copy_(masks.action_rows)
+            # What a first run or other masks left at clean places would enter the solver's history.
             self.velocity.zero_()
 
         self.once("masks", (layout, raw_action_dim), fill)

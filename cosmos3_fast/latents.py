@@ -1,4 +1,4 @@
-"""The denoised state as one flat vector: video patches, then action rows (MODEL.md, sections 1, 4
+"""The denoised state as one flat vector: video patches, then action rows (docs/model.md, 1, 4
 and 6).
 
 A patch vector is ordered (row in patch, column in patch, channel); tokens run frame, row, column.

@@ -12,6 +12,8 @@ import itertools
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +46,7 @@ class Channel:
         self.store = store
         self.watch = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
         self.rank, self.size, self.timeout = rank, size, timeout
-        self._round = 0
+        self.rounds = 0
 
     def gather(self, value: Any, timeout: float | None = None) -> list[Any]:
         """`value` of every rank in rank order (JSON: tuples arrive as lists).
@@ -53,24 +55,44 @@ class Channel:
         channel's), ConnectionError when the store is gone.
         """
         limit = self.timeout if timeout is None else timeout
-        keys = [f"gather/{self._round}/{rank}" for rank in range(self.size)]
-        try:
+        keys = [self._key(rank) for rank in range(self.size)]
+        with self._connected():
             self.store.set(keys[self.rank], json.dumps(value))
             self.store.set_timeout(_seconds(limit))
-            values = self.store.multi_get(keys)
+            try:
+                values = self.store.multi_get(keys)
+            except dist.DistNetworkError:
+                raise
+            except dist.DistStoreError as error:
+                missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+                self.store.delete_key(keys[self.rank])  # who comes later must not go on alone
+                raise TimeoutError(
+                    f"rank {self.rank} waited {limit:g} s for {ranks_text(missing)} of {self.size}"
+                ) from error
             # Everybody who wrote this round has read the one before.
-            self.store.delete_key(f"gather/{self._round - 1}/{self.rank}")
+            self.store.delete_key(self._key(self.rank, -1))
+        self.rounds += 1
+        return [json.loads(text) for text in values]
+
+    def tell(self, value: Any) -> None:
+        """This rank's part of the next gather, which the others read when they come to it; this one
+        goes on to the gather after. ConnectionError when the store is gone.
+        """
+        with self._connected():
+            self.store.set(self._key(self.rank), json.dumps(value))
+        self.rounds += 1
+
+    def _key(self, rank: int, back: int = 0) -> str:
+        return f"gather/{self.rounds + back}/{rank}"
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        try:
+            yield
         except dist.DistNetworkError as error:
             raise ConnectionError(
                 f"rank {self.rank}: the launch's store is gone: {error}"
             ) from error
-        except dist.DistStoreError as error:
-            missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-            raise TimeoutError(
-                f"rank {self.rank} waited {limit:g} s for {ranks_text(missing)} of {self.size}"
-            ) from error
-        self._round += 1
-        return [json.loads(text) for text in values]
 
 
 def launch_size() -> int:
@@ -149,7 +171,8 @@ def _meet(config: ParallelConfig, timeout: float) -> tuple[dist.Store, dist.Stor
     except ValueError as error:
         raise ValueError(
             f"world_size {config.world_size} needs a launch of {config.world_size} processes "
-            f"(torchrun --nproc_per_node={config.world_size}): {error}"
+            f"(torchrun --nproc_per_node={config.world_size}): RANK, WORLD_SIZE, MASTER_ADDR or "
+            "MASTER_PORT is missing or no number"
         ) from error
     except dist.DistError as error:
         raise TimeoutError(

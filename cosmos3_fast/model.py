@@ -3,7 +3,7 @@ values.
 
 UND never sees GEN nor the timestep, so a prompt's keys and values are a function of the prompt
 alone. GEN is one call a step: `velocity(inputs)` reads static tensors only, so that the call can be
-captured (MODEL.md, section 1).
+captured (docs/model.md, section 1).
 """
 
 from __future__ import annotations

@@ -220,6 +220,18 @@ class Mesh:
         """
         return [value] if self.channel is None else self.channel.gather(value, timeout)
 
+    def tell(self, value: Any) -> None:
+        """This rank's part of the next `gather_objects`, for the others: it does not wait for
+        theirs.
+        """
+        if self.channel is not None:
+            self.channel.tell(value)
+
+    @property
+    def meetings(self) -> int:
+        """Calls of `gather_objects` and `tell` so far."""
+        return 0 if self.channel is None else self.channel.rounds
+
     def barrier(self) -> None:
         """All ranks' host threads have come this far. Says nothing about their GPUs."""
         self.gather_objects(None)

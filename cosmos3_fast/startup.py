@@ -30,6 +30,7 @@ from cosmos3_fast.request import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from cosmos3_fast.vae import WanVAE
 
 log = logging.getLogger(__name__)
+SAMPLED = 64  # tensors of a network of which ranks compare some numbers
 PREPARE_S = 600.0  # deadline of a request that must compile, capture or search first
 # What the attention kernels take: powers of two. At 256 the tiles that are set would need more
 # shared memory than a block has on sm_90 (262144 bytes of 232448 by triton 3.6.0).
@@ -127,7 +128,8 @@ def _check_kernels(config: TransformerConfig, device: torch.device) -> None:
 def facts(args: EngineArgs, checkpoint: CheckpointConfig, with_tensors: bool) -> dict[str, str]:
     """What must be equal on all ranks before weights are read, as {name: digest}.
 
-    `with_tensors`: names, shapes and dtypes of the checkpoint's tensors count too.
+    `with_tensors`: names, shapes and dtypes of the checkpoint's tensors count too, and some numbers
+    of some of them: other weights of the same shapes show.
     """
     found = agreement.facts(args.plugin_args, skip=("checkpoint_dir",))
     found |= agreement.facts(checkpoint, "checkpoint.", skip=("folder",))
@@ -135,8 +137,12 @@ def facts(args: EngineArgs, checkpoint: CheckpointConfig, with_tensors: bool) ->
     present = ("transformer", "vae") if checkpoint.vae is not None else ("transformer",)
     for part in present if with_tensors else ():
         with open_checkpoint(checkpoint.folder / part) as tensors:
-            listing = [[n, *t.shape, str(t.dtype)] for n, t in sorted(tensors.items())]
-        found[f"{part} tensors"] = agreement.digest(listing)
+            ordered = sorted(tensors.items())
+            listing = [[n, *t.shape, str(t.dtype)] for n, t in ordered]
+            some = [t for _, t in ordered[:: -(-len(ordered) // SAMPLED)]]
+            numbers = [t.read(tuple(slice(0, min(8, size)) for size in t.shape)) for t in some]
+            found[f"{part} tensors"] = agreement.digest(listing)
+            found[f"{part} numbers"] = agreement.digest(numbers)
     return found | {"dtype": agreement.digest(args.config.device.params_dtype)}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 VISION_START = "<|vision_start|>"
 _MARK = "\ue000"  # stands for the user's text while the chat template is taken apart
+_FILES = ("tokenizer.json", "vocab.json")  # either is enough for transformers
 _PROBE = "Pick up the cup, then 1 + 1 = 2."
 
 
@@ -58,11 +59,14 @@ class PromptTokenizer:
         if not Path(self.path).is_dir():
             raise ValueError(f"no tokenizer folder at {self.path!r}")
         try:
+            if not any(Path(self.path, name).is_file() for name in _FILES):
+                raise ValueError(f"it holds neither {' nor '.join(_FILES)}")
             tokenizer = AutoTokenizer.from_pretrained(
                 self.path, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"cannot load a tokenizer from {self.path!r}: {error}") from error
+        except Exception as error:  # `tokenizers` raises nothing narrower for a file it cannot use
+            said = _first_line(error)
+            raise ValueError(f"cannot load a tokenizer from {self.path!r}: {said}") from error
         if not tokenizer.is_fast:
             raise ValueError(f"{self.path!r} holds no tokenizer.json that `tokenizers` can run")
         return tokenizer
@@ -71,7 +75,12 @@ class PromptTokenizer:
         if not tokenizer.chat_template:
             raise ValueError(f"the tokenizer in {self.path!r} has no chat template")
         turn = [{"role": "user", "content": text}]
-        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+        try:
+            return str(tokenizer.apply_chat_template(turn, **settings))
+        except Exception as error:  # a template is a program: it may raise anything
+            said = _first_line(error)
+            raise ValueError(f"cannot run the chat template in {self.path!r}: {said}") from error
 
     def _control(self, token: str | None) -> int:
         if token not in self._added:
@@ -99,6 +108,12 @@ class PromptTokenizer:
         for piece in pieces:
             ids += [self._added[piece]] if piece in self._added else self._plain(piece)
         return ids
+
+
+def _first_line(error: Exception) -> str:
+    """An error's first line, behind its kind unless that is ValueError; transformers' have many."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return line if type(error) is ValueError else f"{type(error).__name__}: {line}"
 
 
 def _without_added_tokens(tokenizer: Any) -> Any:

@@ -65,6 +65,11 @@ def noise(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape)).float()
 
 
+def picture(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Pictures in [-1, 1]."""
+    return noise(*shape, seed=seed).clamp(-1, 1)
+
+
 def request(**changes: Any) -> Cosmos3ActionRequest:
     """Policy, chunk 4, 2x5x6 latents, 2 steps, guidance 3; `changes` replace fields.
 

@@ -126,7 +126,7 @@ class Steps:
         runner = StepRunner(plan.key, plan.layout, model, capture=capture)
         for branch in plan.branches(self.mesh):
             ids = plan.prompts[branch]
-            runner.set_prompt(branch, ids, self.engine._und(ids))
+            runner.set_prompt(branch, ids, self.engine._kept.und(ids, self.engine.model))
         denoise.load(runner, plan, self.request)
         for guided in sorted(set(plan.guided)):
             runner.prepare(guided)
@@ -307,7 +307,7 @@ class States:
         return torch.stack(self.found).tolist()
 
     def _take(self, _: int) -> None:
-        runner = self.engine._runners.peek(self.key)
+        runner = self.engine._kept.runners.peek(self.key)
         assert runner is not None
         if len(self.found) == self.planted:
             bits = runner.sample.view(torch.int32)

@@ -1,4 +1,4 @@
-"""Domains, action rows, JSON forms, denormalisation and the DROID conversions."""
+"""Domains, action rows, JSON forms and the DROID conversions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from cosmos3_fast.processor import (
     write_actions,
 )
 from cosmos3_fast.processor.actions import ActionPad, action_rows
-from cosmos3_fast.processor.stats import load_denormalize
 
 NAN, INF = float("nan"), float("inf")
 
@@ -40,6 +39,7 @@ def test_domain_table_equals_diffusers():
         (("droid_lerobot", 10), 10),
         (("libero", 7), 7),
         ((31, 12), 12),
+        (("6", 12), 12),
     ],
     ids=lambda value: str(value),
 )
@@ -51,11 +51,33 @@ def test_an_unlisted_width_can_be_asked_for():
     assert resolve_raw_action_dim("umi", 20, allow_width=True) == 20
 
 
+@pytest.mark.parametrize(("text", "number"), [("6", 6), ("0", 0), ("31", 31)])
+def test_an_id_may_be_text(text, number):
+    """The command line has no integers."""
+    assert resolve_domain_id(text) == resolve_domain_id(number) == number
+
+
+def test_the_refusal_of_another_width_says_what_both_interfaces_take():
+    with pytest.raises(ValueError, match="if it is meant, give the domain as its id, 7") as caught:
+        resolve_raw_action_dim("bridge_orig_lerobot", 12)
+    assert "allow_width" not in str(caught.value)
+    assert resolve_raw_action_dim("7", 12) == resolve_raw_action_dim(7, 12) == 12
+
+
 BAD_DOMAINS = {
     "unknown": (lambda: resolve_domain_id("umbrella"), "unknown domain 'umbrella'.*'umi'"),
     "none": (lambda: resolve_domain_id(None), "unknown domain None"),
     "bool": (lambda: resolve_domain_id(True), "unknown domain True"),
     "negative": (lambda: resolve_domain_id(-1), "must be >= 0, got -1"),
+    "negative text": (lambda: resolve_domain_id("-1"), "unknown domain '-1'.* or an id >= 0"),
+    "fraction as text": (lambda: resolve_domain_id("6.0"), "unknown domain '6.0'"),
+    "other digits": (lambda: resolve_domain_id("\u0666"), "unknown domain"),
+    "float id": (lambda: resolve_domain_id(6.0), "unknown domain 6.0"),
+    "text id without width": (
+        lambda: resolve_raw_action_dim("8"),
+        "domain '8' has no fixed action width",
+    ),
+    "width as text": (lambda: resolve_raw_action_dim("umi", "10"), r"integer, got '10' \(str\)"),
     "id without width": (lambda: resolve_raw_action_dim(8), "domain 8 has no fixed action width"),
     "no width": (lambda: resolve_raw_action_dim("libero"), "'libero' has no fixed action width"),
     "other width": (lambda: resolve_raw_action_dim("umi", 8), r"8 differs from \[10\].*'umi'"),
@@ -91,6 +113,31 @@ def test_fewer_columns_are_padded_with_a_warning(caplog):
     assert "2 of 3 columns" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (1, "cond_action has 1 of 4 rows; the last is repeated"),
+        (4, ""),
+        (9, "cond_action has 9 rows; the first 4 are used"),
+    ],
+)
+def test_other_numbers_of_rows_are_said(caplog, count, said):
+    ActionPad(4, 8)(rows(count, 3), 3)
+    assert [record.getMessage() for record in caplog.records] == [said] * bool(said)
+
+
+def test_integers_and_numpys_numbers_are_numbers():
+    for given in (
+        [[1, 2]],
+        [[np.float32(1), np.int64(2)]],
+        [np.array([1, 2], np.uint8)],
+        [torch.tensor([1, 2])],
+        torch.tensor([[1, 2]], dtype=torch.bfloat16),
+        np.array([[1, 2]], np.float16),
+    ):
+        assert action_rows(given).tolist() == [[1.0, 2.0]]
+
+
 def test_double_precision_is_rounded_once():
     assert action_rows(np.full((1, 1), 0.1))[0, 0].item() == np.float32(0.1)
 
@@ -101,12 +148,23 @@ BAD_ROWS = {
         "1 values that are not finite, the first is nan in row 1, column 0",
     ),
     "infinite": (torch.tensor([[0.0, INF]]), "inf in row 0, column 1"),
-    "null": ([[0, None]], "not finite"),
+    "null": ([[0, None]], r"expected numbers, got None \(NoneType\) at \[0\]\[1\]"),
     "overflow": ([[1e39]], "inf in row 0, column 0"),
     "ragged": ([[0, 1], [2, 3], [4]], "ragged: row 0 has 2 values, row 2 has 1"),
     "ragged scalars": ([[0, 1], 2], "ragged: row 0 has 2 values, row 1 has None"),
     "text": ([["left", "right"]], "not numeric"),
-    "object": ({"a": 1}, "not numeric"),
+    "object": ({"a": 1}, r"not numeric.* got \{'a': 1\} \(dict\)"),
+    "digits": ([[1, 2], [3, "4.5"]], r"expected numbers, got '4.5' \(str\) at \[1\]\[1\]"),
+    "a line of digits": ("1.5", r"expected numbers, got '1.5' \(str\)$"),
+    "boolean": ([[0.5, True]], r"expected numbers, got True \(bool\) at \[0\]\[1\]"),
+    "numpy boolean": ([[0.5, np.True_]], r"got dtype bool at \[0\]\[1\]"),
+    "booleans": (np.ones((4, 3), bool), "expected numbers, got dtype bool$"),
+    "boolean tensor": (torch.ones(4, 3, dtype=torch.bool), "got dtype torch.bool$"),
+    "row of booleans": ([[1.0], torch.tensor([True])], r"got dtype torch.bool at \[1\]"),
+    "complex": (np.ones((4, 3), complex), "got dtype complex128"),
+    "complex tensor": (torch.ones(4, 3, dtype=torch.complex64), "got dtype torch.complex64"),
+    "texts": (np.array([["1", "2"]]), "got dtype <U1"),
+    "an integer that no float holds": ([[10**400]], "too large"),
     "too many columns": (rows(4, 4), "4 columns, more than raw_action_dim 3"),
     "no row": ([], r"must have shape \[T, D\].*got \[0\]"),
     "no column": (torch.zeros(4, 0), r"got \[4, 0\]"),
@@ -162,6 +220,12 @@ def test_actions_that_are_not_finite_are_not_written(tmp_path):
 BAD_DOCUMENTS = {
     "not json": ("{", "cannot read actions from '.*actions.json'"),
     "nan": ("[[NaN]]", "actions.json' has 1 values that are not finite"),
+    "booleans": ("[[true, false]]", r"got True \(bool\) at \[0\]\[0\]"),
+    "text": ('{"data": [[1, "2"]]}', r"actions.json' is not numeric.* got '2' \(str\)"),
+    "text in a chunk": (
+        '{"action_chunks": [[["1"]]]}',
+        r"action_chunks\[0\] is not numeric.* got '1' \(str\) at \[0\]\[0\]",
+    ),
     "infinity": ('{"data": [[1, -Infinity]]}', "-inf in row 0, column 1"),
     "ragged": ("[[1, 2], [3]]", "actions.json' is ragged: row 0 has 2 values, row 1 has 1"),
     "wrong shape": ('{"shape": [1, 3, 2], "data": [[1, 2]]}', r"shape says \[1, 3, 2\].*\[1, 2\]"),
@@ -187,79 +251,6 @@ def test_a_missing_action_file_is_named(tmp_path):
         read_actions(tmp_path / "gone.json")
 
 
-STATS = {
-    "mean": [1.0, -2.0],
-    "std": [0.5, 0.0],
-    "min": [-4.0, 3.0],
-    "max": [4.0, 3.0],
-    "q01": [0.0, 10.0],
-    "q99": [2.0, 30.0],
-}
-TRUTH = {  # of the row [0.5, -1.0] (and a third channel that the stats do not have)
-    "meanstd": [1.25, -2.0 - 1e-8],
-    "minmax": [2.0, 3.0],
-    "quantile": [1.5, 10.0],
-    "quantile_rot": [1.5, 10.0],
-}
-
-
-def stats_file(tmp_path, document):
-    path = tmp_path / "stats.json"
-    path.write_text(json.dumps(document))
-    return path
-
-
-@pytest.mark.parametrize("block", ["whole", "global"])
-@pytest.mark.parametrize("normalization", TRUTH)
-def test_denormalisation(tmp_path, normalization, block):
-    key = "global_raw" if normalization == "quantile_rot" else "global"
-    document = STATS if block == "whole" else {key: STATS, "other": {}}
-    undo = load_denormalize(stats_file(tmp_path, document), normalization)
-    action = torch.tensor([[[0.5, -1.0, 7.0]]], dtype=torch.bfloat16)
-    result = undo(action)
-    assert result.shape == (1, 1, 2) and result.dtype == torch.float32
-    assert result[0, 0].tolist() == pytest.approx(TRUTH[normalization], rel=1e-7)
-
-
-def test_a_constant_channel_keeps_a_small_range(tmp_path):
-    undo = load_denormalize(stats_file(tmp_path, STATS), "minmax")
-    low, high = undo(torch.tensor([[0.0, -1.0], [0.0, 1.0]]))[:, 1].double()
-    assert low == 3.0 and 0 <= high - low < 2e-6
-
-
-BAD_STATS = {
-    "normalization": (STATS, "l2", "action_normalization 'l2'.*minmax"),
-    "missing key": ({"min": [0.0]}, "minmax", r"stats.json' lack 'max'; they hold \['min'\]"),
-    "lengths": ({"min": [0.0], "max": [1.0, 2.0]}, "minmax", "min has 1 values, max 2"),
-    "not finite": (
-        {"mean": [NAN], "std": [1.0]},
-        "meanstd",
-        "'mean' must be a flat list of finite",
-    ),
-    "nested": ({"mean": [[0.0]], "std": [[1.0]]}, "meanstd", "'mean' must be a flat list"),
-    "text": ({"mean": "zero", "std": [1.0]}, "meanstd", "'mean' is no list of numbers"),
-    "list": ([1, 2], "minmax", "must hold an object, got list"),
-    "block is a list": ({"global": [1]}, "minmax", "must hold an object"),
-}
-
-
-@pytest.mark.parametrize(("document", "kind", "message"), BAD_STATS.values(), ids=BAD_STATS)
-def test_bad_stats_are_refused(tmp_path, document, kind, message):
-    with pytest.raises(ValueError, match=message):
-        load_denormalize(stats_file(tmp_path, document), kind)
-
-
-def test_unreadable_stats_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot read action stats from '.*gone\.json'"):
-        load_denormalize(tmp_path / "gone.json", "minmax")
-
-
-def test_actions_narrower_than_the_stats_are_refused(tmp_path):
-    undo = load_denormalize(stats_file(tmp_path, STATS), "minmax")
-    with pytest.raises(ValueError, match="stats have 2 channels, actions 1"):
-        undo(torch.zeros(1, 4, 1))
-
-
 def test_droid_state_row_and_reply():
     droid, joints = DROID(), [0.1 * k for k in range(7)]
     state = droid.encode_state(joints, 0.75)
@@ -270,6 +261,18 @@ def test_droid_state_row_and_reply():
     assert torch.equal(reply[..., :7], action[..., :7])
     assert torch.equal(reply[..., 7], 1 - action[..., 7])
     assert torch.equal(action, rows(32, 8)[None]), "the model's rows stay as they were"
+
+
+def test_droid_actions_go_back_to_the_models_rows():
+    """Commands that a policy gave come back bit for bit, through a request and its reply."""
+    droid = DROID()
+    for scale in (1e-9, 1e-3, 1.0, 10.0):
+        model = torch.from_numpy(np.random.RandomState(0).normal(size=(1, 999, 8)) * scale).float()
+        commands = droid.decode_action(model)
+        assert torch.equal(droid.decode_action(droid.encode_action(commands)), commands)
+        torch.testing.assert_close(droid.encode_action(commands), model, rtol=0, atol=1e-6)
+        assert torch.equal(droid.encode_action(commands)[..., :7], model[..., :7])
+    assert droid.encode_action(torch.tensor([[0.0] * 7 + [0.75]])).tolist() == [[0.0] * 7 + [0.25]]
 
 
 def test_droid_arguments_are_the_recipe():
@@ -295,6 +298,12 @@ BAD_DROID = {
     "six joints": (lambda d: d.encode_state([0.0] * 6, 0.5), "7 joints and the gripper, got 6"),
     "nan joint": (lambda d: d.encode_state([math.nan] * 7, 0.5), "state has 7 values"),
     "nan gripper": (lambda d: d.encode_state([0.0] * 7, math.nan), "row 0, column 7"),
+    "gripper above 1": (
+        lambda d: d.encode_state([0.0] * 7, 1.25),
+        r"gripper of a state must lie in \[0, 1\], got 1.25",
+    ),
+    "gripper below 0": (lambda d: d.encode_state([0.0] * 7, -0.1), r"\[0, 1\], got -0.1"),
+    "nine columns": (lambda d: d.encode_action(torch.zeros(32, 9)), "8 columns, got 9"),
     "ten columns": (lambda d: d.decode_action(torch.zeros(1, 32, 10)), "8 columns, got 10"),
 }
 

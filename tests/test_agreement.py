@@ -138,6 +138,7 @@ def test_equal_values_have_equal_digests() -> None:
     assert digest(x.numpy()) == digest(np.asfortranarray(x.numpy()))
     assert digest(_request()) == digest(_request())
     assert digest((np.int64(4), np.float64(0.5))) == digest((4, 0.5))
+    assert digest(range(3)) == digest([0, 1, 2]) == digest((0, 1, 2))
 
 
 def test_a_value_without_a_digest_is_refused() -> None:

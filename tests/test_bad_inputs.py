@@ -17,6 +17,7 @@ from engine_fixtures import (
     equal,
     ids,
     noise,
+    picture,
     request,
     shared_engine,
 )
@@ -175,14 +176,14 @@ def test_weight_strict_false_excuses_leftovers_alone(tmp_path, caplog):
 
 REQUESTS = {
     "pixels of the wrong shape": (
-        {"cond_video_latents": None, "cond_video_pixels": noise(1, 3, 1, 64, 64)},
+        {"cond_video_latents": None, "cond_video_pixels": picture(1, 3, 1, 64, 64)},
         r"64x64 give 4x4 latents, fewer than video_shape \(2, 5, 6\)",
     ),
     "forward dynamics without actions": (
         {"mode": "forward_dynamics"},
         r"forward_dynamics needs cond_action \[1, 4, 64\]; none came",
     ),
-    "unknown domain": ({"domain_id": 99}, r"domain_id must lie in \[0, 32\), got 99"),
+    "unknown domain": ({"domain_id": 99}, r"domain_id must be an integer in \[0, 32\), got 99"),
     "unknown mode": ({"mode": "dream"}, "mode must be one of .*got 'dream'"),
     "condition frames out of range": (
         {"cond_frame_indexes": (2,)},

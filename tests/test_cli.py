@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 
 import av
@@ -201,8 +202,8 @@ def lines(text):
 
 
 def test_info_says_what_a_request_would_be(capsys):
-    droid = ["--preset", "droid", "--height", "540", "--width", "640"]
-    assert main(["info", "--checkpoint", str(checkpoint()), *droid, "--device", "cpu"]) == 0
+    droid = ["--preset", "droid", "--device", "cpu"]
+    assert main(["info", "--checkpoint", str(checkpoint()), *droid]) == 0
     said = lines(capsys.readouterr().out)
     assert said["canvas (HxW)"] == "544x736"
     assert said["latents (t, h, w)"] == "(9, 33, 40)"
@@ -213,16 +214,26 @@ def test_info_says_what_a_request_would_be(capsys):
     assert said["prompt keys and values"] == "0.4 MB (capacity 256 tokens)"
 
 
-def test_info_needs_no_weights(tmp_path, capsys, files):
+def test_info_needs_no_weights_and_refuses_what_run_does(tmp_path, capsys, files):
     assert main(["make-tiny", str(tmp_path / "tiny"), "--seed", "3"]) == 0
     for file in (tmp_path / "tiny").rglob("*.safetensors"):
         file.unlink()
-    for part in (tmp_path / "tiny" / "vae").iterdir():
-        part.unlink()
     flags = ["--mode", "forward_dynamics", "--image", str(files / "observation.png")]
     base = ["info", "--checkpoint", str(tmp_path / "tiny"), *flags, "--domain-name", "umi"]
+    capsys.readouterr()
     assert main(base) == 0
-    assert "20 action" not in capsys.readouterr().out
+    assert lines(capsys.readouterr().out)["tokens"] == "46 = 5x2x3 video + 16 action"
+    shutil.rmtree(tmp_path / "tiny" / "vae")
+    assert main(base) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "cond_video_pixels need the checkpoint's vae/, which is missing" in said
+
+
+def test_info_describes_a_clip_for_inverse_dynamics(capsys, files):
+    flags = ["--mode", "inverse_dynamics", "--video", str(files / "obs.mp4"), "--domain-name"]
+    assert main(["info", "--checkpoint", str(checkpoint()), *flags, "umi"]) == 0
+    said = lines(capsys.readouterr().out)
+    assert said["video (frames, H, W)"] == "(17, 64, 80)"
 
 
 def test_make_tiny_writes_what_the_engine_runs(tmp_path, capsys):

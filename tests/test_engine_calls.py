@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
+import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-from engine_fixtures import counted, engine_args, equal, ids, noise, request, shared_engine
+from engine_fixtures import counted, engine_args, equal, ids, noise, picture, request, shared_engine
 from ranks import argument, run_cases
 from test_engine_ranks import parallel_args
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -73,15 +75,15 @@ def test_a_call_that_raised_is_over():
 
 def test_close_gives_the_networks_and_the_caches_back():
     """While the name `engine` lives, and without the garbage collector."""
-    pixels = {"cond_video_latents": None, "cond_video_pixels": noise(1, 3, 1, 80, 96)}
+    pixels = {"cond_video_latents": None, "cond_video_pixels": picture(1, 3, 1, 80, 96)}
     engine = Engine(engine_args(decode_video=True))
     result = engine.step(request(**pixels))
     tensors = [*engine.model.parameters(), *engine.model.buffers(), *engine.vae.parameters()]
-    for runner in engine._runners._values.values():
+    for runner in engine._kept.runners._values.values():
         tensors += [runner.sample, runner.inputs.und_k, runner.model_in]
-    for und in engine._prompts._values.values():
+    for und in engine._kept.prompts._values.values():
         tensors += und
-    tensors += [static for static, _ in engine._encoders._kept._values.values()]
+    tensors += [static for static, _ in engine._kept.encoders._kept._values.values()]
     held = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
     assert len(held) > 100
     gc.collect()
@@ -131,11 +133,11 @@ def deadlines(engine: Engine) -> Iterator[list[float | None]]:
 
 def test_a_request_that_must_compile_capture_or_search_gets_the_long_deadline():
     """Two shapes of one key: the second decodes a size for which cuDNN has not searched yet."""
-    pixels = {"cond_video_latents": None, "cond_video_pixels": noise(1, 3, 1, 80, 96)}
+    pixels = {"cond_video_latents": None, "cond_video_pixels": picture(1, 3, 1, 80, 96)}
     with Engine(engine_args(decode_video=True)) as engine, deadlines(engine) as found:
         for changes in ({}, {}, TALLER, TALLER, {}, pixels, {"text": ids(30)}):
             engine.step(request(**changes))
-        assert len(engine._runners) == 1
+        assert len(engine._kept.runners) == 1
         other = threading.Thread(
             target=engine.step, args=(request(),)
         )  # cuDNN's caches are its own
@@ -168,7 +170,7 @@ def case_decoders() -> dict[str, Any]:
         with deadlines(engine) as found:
             for lost in (False, False, True, False):
                 if lost and engine.mesh.rank == 1:
-                    engine._decoders.clear()
+                    engine._kept.decoded.shapes.clear()
                 engine.step(request())
         return {"found": found}
 
@@ -226,7 +228,21 @@ def test_heads_that_the_kernels_do_not_take_are_refused_on_a_gpu_alone(
         assert all(torch.isfinite(tensor).all() for tensor in engine.step(request()).values())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     with pytest.raises(
         ValueError, match=rf"head_dim must be one of \(16, 32, 64, 128\) on a GPU, got {head_dim}"
     ):
         Engine(engine_args(folder, device=DeviceConfig("cuda:0", torch.float32)))
+
+
+def test_guidance_that_no_step_has_is_told_once(caplog):
+    """Sigmas taken for timesteps."""
+    asked = request(guidance_interval=(0.2, 0.8))
+    with Engine(engine_args()) as engine, caplog.at_level(logging.WARNING, "cosmos3_fast"):
+        got = [engine.step(asked) for _ in range(2)]
+        plain = engine.step(request(guidance_scale=1.0))
+    said = [line for line in caplog.messages if line.startswith("no step is guided")]
+    assert len(said) == 1
+    want = r"guidance_interval \(0.2, 0.8\) holds none of the timesteps \d+ to \d+"
+    assert re.search(want, said[0])
+    assert torch.equal(got[0]["action"], plain["action"]) and equal(*got)

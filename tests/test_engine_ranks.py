@@ -14,7 +14,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from engine_fixtures import checkpoint, engine_args, equal, noise, request
+from engine_fixtures import checkpoint, engine_args, equal, noise, picture, request
 from ranks import argument, run_cases
 
 from cosmos3_fast import Engine, EngineArgs, EngineConfig, ParallelConfig, RuntimeConfig
@@ -46,9 +46,9 @@ REQUESTS = {
 } | {"policy, guided again": {}}
 # 5x6 latents: uneven strips on 2 and 4 ranks, and fewer rows than 8 ranks.
 PICTURES = {
-    "one picture": {"cond_video_pixels": noise(1, 3, 1, 80, 96, seed=6).clamp(-1, 1)},
+    "one picture": {"cond_video_pixels": picture(1, 3, 1, 80, 96, seed=6)},
     "a clip": {
-        "cond_video_pixels": noise(1, 3, 5, 80, 96, seed=7).clamp(-1, 1),
+        "cond_video_pixels": picture(1, 3, 5, 80, 96, seed=7),
         "mode": "inverse_dynamics",
     },
 }

@@ -7,7 +7,7 @@ import torch
 from engine_fixtures import (
     checkpoint,
     engine_args,
-    noise,
+    picture,
     request,
     shared_engine,
 )
@@ -79,7 +79,7 @@ def test_without_a_vae_latents_still_run(tmp_path):
         file.unlink()
     with Engine(engine_args(folder)) as engine:
         result = engine.step(request())
-        pixels = {"cond_video_latents": None, "cond_video_pixels": noise(1, 3, 1, 80, 96)}
+        pixels = {"cond_video_latents": None, "cond_video_pixels": picture(1, 3, 1, 80, 96)}
         with pytest.raises(ValueError, match="need the checkpoint's vae/"):
             engine.step(request(**pixels))
     assert torch.equal(result["action"], shared_engine().step(request())["action"])

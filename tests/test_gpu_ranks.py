@@ -248,10 +248,10 @@ def case_prompts() -> dict[str, Any]:
                 result = engine.step(one)
             found[f"{name}: calls"] = calls.count("encode_prompt")
             found |= {f"{name}: {key}": tensor.cpu() for key, tensor in result.items()}
-        steps = [step for runner in engine._runners._values.values() for step in [runner._steps]]
+        steps = [runner._steps for runner in engine._kept.runners._values.values()]
         found["captured"] = [one._graph is not None for step in steps for one in step.values()]
         for name, one in asked.items():
-            engine._forget()
+            engine._kept.clear()
             result = engine.step(one)
             for key, tensor in result.items():
                 found[f"{name}: {key} bits"] = torch.equal(tensor.cpu(), found[f"{name}: {key}"])

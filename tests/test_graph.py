@@ -216,3 +216,6 @@ def test_the_velocity_of_a_former_mask_does_not_stay():
     answer(shared, first)
     got = answer(shared, second)
     assert torch.equal(got, answer(runner_for(second), second))
+    tokens, values = shared.inputs.video.shape
+    velocity = shared.velocity[:, : tokens * values].unflatten(1, (tokens, values))
+    assert velocity.any() and not velocity[:, shared.inputs.noisy[:tokens] == 0].any()

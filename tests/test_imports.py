@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # DESIGN's table, and in each row the parts that its modules are split into. A package stands for
 # its modules, which may import each other.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("config", "request", "cache", "stages", "modes"),
+    ("config", "request", "checks", "numeric", "cache", "stages", "modes"),
     ("kernels", "_C"),
     (
         "ops",
@@ -30,13 +30,19 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("layers",),
     ("model", "vae", "sampler", "tokenizer", "latents"),
     ("loader", "processor", "graph"),
-    ("denoise", "startup"),
+    ("denoise", "startup", "kept"),
     ("engine", "testing"),
     ("cli", "__init__", "__main__"),
 )
 # Within a row, and in this direction only.
 SAME_ROW = {
     ("request", "config"),
+    ("request", "numeric"),
+    ("config", "numeric"),
+    ("checks", "request"),
+    ("checks", "config"),
+    ("checks", "numeric"),
+    ("kept", "denoise"),
     ("ops", "parallel_edges"),
     ("ops", "parallel_sum"),
     ("startup", "denoise"),

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 import numpy as np
 import pytest
 import torch
-from engine_fixtures import checkpoint, engine_args, equal, noise, request
+from engine_fixtures import checkpoint, engine_args, equal, picture, request
 
 from cosmos3_fast import Cosmos3ActionRequest, Cosmos3PolicyProcessor, DeviceConfig, Engine
 from cosmos3_fast.modes import own_modes
@@ -47,7 +47,7 @@ MODES: dict[str, Callable[[str], AbstractContextManager]] = {
     "medium": lambda _: precision("medium"),
 }
 GPU = pytest.param("cuda:0", marks=pytest.mark.gpu)
-PIXELS = {"cond_video_latents": None, "cond_video_pixels": noise(1, 3, 1, 80, 96).clamp(-1, 1)}
+PIXELS = {"cond_video_latents": None, "cond_video_pixels": picture(1, 3, 1, 80, 96)}
 
 
 def make(device: str) -> Engine:

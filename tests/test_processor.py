@@ -260,7 +260,7 @@ def test_postprocess_cuts_padded_actions_to_the_width_it_is_told(build):
     action = torch.arange(128.0).reshape(1, 2, 64)
     assert torch.equal(build().postprocess(action, raw_action_dim=10)["action"], action[..., :10])
     for width in (0, 65):
-        with pytest.raises(ValueError, match=rf"must lie in \[1, 64\], .* got {width}"):
+        with pytest.raises(ValueError, match=rf"an integer in \[1, 64\], .* got {width}"):
             build().postprocess(action, raw_action_dim=width)
 
 

@@ -7,7 +7,7 @@ import builtins
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from cosmos3_fast.processor import compose_droid_views
 from cosmos3_fast.processor.images import fit_length, load_frames, read_image, read_video
@@ -89,8 +89,87 @@ def test_videos_are_read_up_to_the_limit(tmp_path):
     assert len(load_frames(str(path), 2)) == 2
 
 
-def test_lists_are_cut_before_they_are_read():
-    assert len(load_frames([PICTURE, PICTURE, "no such file.png"], 2)) == 2
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
+def test_pictures_are_upright(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / f"frame.{suffix}"
+    Image.fromarray(PICTURE).save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+        assert (expected.shape == PICTURE.shape) == (orientation < 5)
+        assert np.array_equal(load_frames(image, 1)[0].numpy(), expected)
+    assert np.array_equal(read_image(path).numpy(), expected)
+
+
+def test_metadata_that_pil_cannot_write_again_do_not_matter(tmp_path):
+    """`ImageOps.exif_transpose` raises TypeError here."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Make] = "maker"
+    data = exif.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x0f\x00\x07")
+    Image.fromarray(PICTURE).save(tmp_path / "a.png", exif=data)
+    assert np.array_equal(read_image(tmp_path / "a.png").numpy(), np.rot90(PICTURE, -1))
+
+
+def test_exif_data_that_are_none_are_named(tmp_path):
+    Image.fromarray(PICTURE).save(tmp_path / "a.png", exif=b"Exif\0\0no tiff header")
+    with pytest.raises(ValueError, match=r"image from '.*a\.png': its EXIF data cannot be read"):
+        read_image(tmp_path / "a.png")
+
+
+DEEP = {  # mode -> file type, values
+    "I;16": ("png", np.full((4, 6), 40000, np.uint16)),
+    "I": ("tiff", np.full((4, 6), 70000, np.int32)),
+    "F": ("tiff", np.full((4, 6), 0.5, np.float32)),
+}
+
+
+@pytest.mark.parametrize("mode", DEEP)
+def test_pictures_of_more_than_8_bits_a_channel_are_refused(tmp_path, mode):
+    """PIL would clip them at 255: white, or black for floats in [0, 1]."""
+    suffix, values = DEEP[mode]
+    image = Image.fromarray(values)
+    assert image.mode == mode
+    image.save(tmp_path / f"depth.{suffix}")
+    said = f"image mode '{mode}' has more than 8 bits a channel"
+    with pytest.raises(ValueError, match=rf"cannot read an image from .*depth\.{suffix}': {said}"):
+        read_image(tmp_path / f"depth.{suffix}")
+    with pytest.raises(ValueError, match=said):
+        load_frames([image], 1)
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"]
+)
+def test_modes_of_8_bits_become_rgb_as_pil_has_them(mode):
+    image = Image.fromarray(PICTURE).convert("RGBA" if mode == "PA" else "RGB").convert(mode)
+    expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(load_frames(image, 1)[0].numpy(), expected)
+
+
+def test_alpha_is_dropped():
+    alpha = Image.fromarray(np.dstack([PICTURE, PICTURE[..., 0]]))
+    assert alpha.mode == "RGBA"
+    assert np.array_equal(load_frames(alpha, 1)[0].numpy(), PICTURE)
+
+
+def test_lists_are_read_whole_and_cut():
+    other = picture(5, 7, 1)
+    assert np.array_equal(load_frames([PICTURE, other, other], 1).numpy(), PICTURE[None])
+    with pytest.raises(ValueError, match=r"cannot read an image from 'no such file\.png'"):
+        load_frames([PICTURE, PICTURE, "no such file.png"], 2)
+    with pytest.raises(ValueError, match=r"one size, got .*\(5, 7\), \(9, 7\)"):
+        load_frames([PICTURE, PICTURE, picture(9, 7)], 1)
+
+
+def test_lists_hold_single_frames(tmp_path):
+    for clip in (np.stack([PICTURE, PICTURE]), write_video(tmp_path / "clip.mp4", ALL)):
+        with pytest.raises(ValueError, match=r"images\[1\] is a clip; a list must hold single"):
+            load_frames([picture(32, 48), clip], 3)
+    still = write_video(tmp_path / "still.mp4", [20])
+    assert len(load_frames([still, picture(32, 48)], 3)) == 2
 
 
 def test_short_clips_repeat_their_last_frame_and_long_ones_are_cut():

@@ -7,6 +7,7 @@ folder of their own, which shows what was written there.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -91,14 +92,18 @@ def torchrun(
     flags: Sequence[str],
     folder: Path,
     program: Sequence[str] = ("-m", "cosmos3_fast"),
+    covered: bool = True,
 ) -> subprocess.Popen[str]:
-    """The command in the background, in its own process group."""
+    """The command in the background, in its own process group. Not `covered`: its processes end at
+    once, where coverage would first write its figures.
+    """
+    environment = {k: v for k, v in os.environ.items() if covered or "COVERAGE" not in k}
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     launcher += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}"]
     return subprocess.Popen(
         [*launcher, *program, "run", *flags],
         cwd=folder,
-        env=os.environ | _ENVIRONMENT,
+        env=environment | _ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -149,7 +154,8 @@ def outcomes(folder: Path) -> Iterator[dict[str, Outcome]]:
             for item in ("tiny", "observation.png", "obs.mp4", "action.json"):
                 (place / item).symlink_to(folder / item)
             command = [*flags, *COMMON, "--out", ".cache/out"]
-            running[name] = torchrun(ranks, command, place), time.monotonic()
+            process = torchrun(ranks, command, place, covered=name not in WRONG)
+            running[name] = process, time.monotonic()
         found |= {name: outcome(*process) for name, process in running.items()}
     yield found
 
@@ -213,6 +219,7 @@ def require_refused(ended: Outcome, folder: Path, name: str) -> None:
     said = [line for line in ended.output.splitlines() if line.startswith("cosmos3-fast run: ")]
     assert ended.status != 0
     assert len(said) == ranks and all(words in line for line in said), ended.output
+    assert ended.output.count("exitcode  : 2") == ranks, "none was ended by torchrun"
     assert not (folder / name / ".cache" / "out_action.json").exists()
 
 
@@ -234,6 +241,22 @@ def test_a_rank_that_is_slower_than_the_others_still_says_its_error(folder) -> N
     ended = outcome(process, time.monotonic())
     assert ended.status != 0
     assert ended.output.count(f"cosmos3-fast run: {words}") == ranks, ended.output
+
+
+def test_ctrl_c_ends_a_launch_with_at_most_a_line_a_rank(folder) -> None:
+    flags = ["--tp", "2", *CUP, *COMMON, "--steps", "900", "--schedule", "flow"]
+    process = torchrun(2, [*flags, "--flow-shift", "1", "--out", "long/out"], folder)
+    assert process.stdout is not None
+    shown = ""
+    while "/900" not in shown:
+        piece = process.stdout.readline(80)
+        assert piece, shown
+        shown += piece
+    os.killpg(process.pid, signal.SIGINT)
+    ended = outcome(process, time.monotonic())
+    assert ended.status != 0 and ended.seconds < 20
+    assert 1 <= ended.output.count("cosmos3-fast run: interrupted") <= 2, ended.output
+    assert ended.output.count("KeyboardInterrupt") == 0, ended.output
 
 
 def test_ranks_leave_together_or_when_their_patience_ends(monkeypatch) -> None:

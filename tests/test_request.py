@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from engine_fixtures import ids, noise, request
+from engine_fixtures import ids, noise, picture, request
 
+from cosmos3_fast.checks import check
 from cosmos3_fast.config import TransformerConfig
 from cosmos3_fast.request import (
     Layout,
-    check,
     clean_frames,
     layout,
     pixel_to_latent_shape,
@@ -39,24 +39,29 @@ def test_latent_shape_of_pixels(pixels, latents):
 
 @pytest.mark.parametrize("pixels", [(0, 16, 16), (1, 0, 16), (1, 16, -1)], ids=str)
 def test_no_pixels_no_shape(pixels):
-    with pytest.raises(ValueError, match="at least one frame and one pixel, got"):
+    with pytest.raises(ValueError, match="must be positive integers, got"):
         pixel_to_latent_shape(*pixels)
 
 
 GOOD = {
     "policy": {},
-    "pixels": {"cond_video_latents": None, "cond_video_pixels": noise(1, 3, 1, 80, 96)},
+    "pixels": {"cond_video_latents": None, "cond_video_pixels": picture(1, 3, 1, 80, 96)},
     "uint8 pixels": {
         "cond_video_latents": None,
         "cond_video_pixels": torch.zeros(1, 3, 1, 80, 96, dtype=torch.uint8),
     },
     "pixels larger than the shape": {
         "cond_video_latents": None,
-        "cond_video_pixels": noise(1, 3, 9, 96, 112),
+        "cond_video_pixels": picture(1, 3, 9, 96, 112),
     },
     "latents larger than the shape": {"cond_video_latents": noise(1, 48, 3, 7, 6)},
     "latents that stop after the clean frame": {"cond_video_latents": noise(1, 48, 1, 5, 6)},
     "bf16 latents": {"cond_video_latents": noise(1, 48, 2, 5, 6).bfloat16()},
+    "frames as a range": {"cond_frame_indexes": range(1)},
+    "pixels a little outside": {
+        "cond_video_latents": None,
+        "cond_video_pixels": picture(1, 3, 1, 80, 96) * 1.005,
+    },
     "no clean frame": {"cond_frame_indexes": [], "cond_video_latents": None},
     "one latent frame": {"video_shape": (1, 5, 6), "cond_video_latents": noise(1, 48, 1, 5, 6)},
     "chunk 1": {
@@ -88,6 +93,12 @@ def test_good_requests_pass(changes):
     check(request(**changes), CONFIG, has_encoder=True)
 
 
+@pytest.mark.parametrize("given", [None, {}, request], ids=["none", "a dict", "a function"])
+def test_what_is_no_request_is_refused(given):
+    with pytest.raises(ValueError, match=r"must be a Cosmos3ActionRequest, got (None|dict|func)"):
+        check(given, CONFIG, has_encoder=True)
+
+
 FORWARD = {"mode": "forward_dynamics"}
 PIXELS = {"cond_video_latents": None}
 BAD = {
@@ -102,16 +113,22 @@ BAD = {
     "a billion steps": ({"num_inference_steps": 10**9}, r"in \[1, 1000\], got 1000000000"),
     "seed": ({"seed": -1}, r"seed must be an integer in \[0, 2\*\*32\), got -1"),
     "large seed": ({"seed": 2**32}, "seed must be an integer .* got 4294967296"),
-    "guidance": ({"guidance_scale": NAN}, "guidance_scale must be finite, got nan"),
-    "fps 0": ({"fps": 0.0}, "fps must be positive and finite, got 0.0"),
-    "fps inf": ({"fps": float("inf")}, "fps must be positive and finite, got inf"),
-    "domain": ({"domain_id": 32}, r"domain_id must lie in \[0, 32\), got 32"),
-    "domain name": ({"domain_id": "av"}, r"domain_id must lie in \[0, 32\), got av"),
-    "empty interval": ({"guidance_interval": (5, 5)}, r"\(lo, hi\) with lo < hi, got \(5, 5\)"),
-    "nan interval": ({"guidance_interval": (NAN, 5)}, r"\(lo, hi\) with lo < hi, got \(nan, 5\)"),
+    "guidance": ({"guidance_scale": NAN}, "guidance_scale must be a finite number, got nan"),
+    "fps 0": ({"fps": 0.0}, "fps must be a positive, finite number, got 0.0"),
+    "fps inf": ({"fps": float("inf")}, "fps must be a positive, finite number, got inf"),
+    "domain": ({"domain_id": 32}, r"domain_id must be an integer in \[0, 32\), got 32"),
+    "domain name": ({"domain_id": "av"}, r"domain_id must be an integer in \[0, 32\), got 'av'"),
+    "empty interval": (
+        {"guidance_interval": (5, 5)},
+        r"\(lo, hi\) with 0 <= lo < hi <= 1000, got \(5, 5\)",
+    ),
+    "nan interval": (
+        {"guidance_interval": (NAN, 5)},
+        r"\(lo, hi\) with 0 <= lo < hi <= 1000, got \(nan, 5\)",
+    ),
     "long interval": ({"guidance_interval": (1, 2, 3)}, r"got \(1, 2, 3\)"),
-    "chunk 6": ({"action_chunk": 6}, "action_chunk must be 1 or a multiple of 4, got 6"),
-    "chunk 0": ({"action_chunk": 0}, "action_chunk must be 1 or a multiple of 4, got 0"),
+    "chunk 6": ({"action_chunk": 6}, "action_chunk must be 1 or an integer multiple of 4, got 6"),
+    "chunk 0": ({"action_chunk": 0}, "action_chunk must be 1 or an integer multiple of 4, got 0"),
     "flat shape": ({"video_shape": (5, 6)}, r"three positive integers .* got \(5, 6\)"),
     "empty shape": ({"video_shape": (2, 0, 6)}, r"three positive integers .* got \(2, 0, 6\)"),
     "frames": (
@@ -146,20 +163,20 @@ BAD = {
         "cond_video_latents must hold floating-point numbers, got torch.int64",
     ),
     "pixel axes": (
-        PIXELS | {"cond_video_pixels": noise(3, 1, 80, 96)},
+        PIXELS | {"cond_video_pixels": picture(3, 1, 80, 96)},
         r"cond_video_pixels must be \[1, 3, T, H, W\], got \[3, 1, 80, 96\]",
     ),
-    "grey pixels": (PIXELS | {"cond_video_pixels": noise(1, 1, 1, 80, 96)}, r"got \[1, 1, 1, 80"),
+    "grey pixels": (PIXELS | {"cond_video_pixels": picture(1, 1, 1, 80, 96)}, r"got \[1, 1, 1, 80"),
     "few frames": (
-        PIXELS | {"mode": "inverse_dynamics", "cond_video_pixels": noise(1, 3, 4, 80, 96)},
+        PIXELS | {"mode": "inverse_dynamics", "cond_video_pixels": picture(1, 3, 4, 80, 96)},
         "cond_video_pixels need 5 frames for clean latent frame 1, got 4",
     ),
     "ragged pixels": (
-        PIXELS | {"cond_video_pixels": noise(1, 3, 1, 81, 96)},
+        PIXELS | {"cond_video_pixels": picture(1, 3, 1, 81, 96)},
         "must be a multiple of 16 high and wide, got 81x96",
     ),
     "small pixels": (
-        PIXELS | {"cond_video_pixels": noise(1, 3, 1, 64, 96)},
+        PIXELS | {"cond_video_pixels": picture(1, 3, 1, 64, 96)},
         r"64x96 give 4x6 latents, fewer than video_shape \(2, 5, 6\)",
     ),
     "inf pixels": (
@@ -167,8 +184,8 @@ BAD = {
         "cond_video_pixels holds values that are not finite",
     ),
     "action_dim": ({"action_dim": 32}, "action_dim must be the model's 64, got 32"),
-    "raw 0": ({"raw_action_dim": 0}, r"raw_action_dim must lie in \[1, 64\], got 0"),
-    "raw 65": ({"raw_action_dim": 65}, r"raw_action_dim must lie in \[1, 64\], got 65"),
+    "raw 0": ({"raw_action_dim": 0}, r"raw_action_dim must be an integer in \[1, 64\], got 0"),
+    "raw 65": ({"raw_action_dim": 65}, r"raw_action_dim must be an integer in \[1, 64\], got 65"),
     "no actions": (FORWARD, r"forward_dynamics needs cond_action \[1, 4, 64\]; none came"),
     "narrow actions": (
         FORWARD | {"cond_action": noise(1, 4, 10)},
@@ -184,24 +201,66 @@ BAD = {
     ),
     "flat state": ({"clean_action": noise(1, 10)}, r"clean_action must be \[1, r, 10\]"),
     "nan state": ({"clean_action": torch.full((1, 1, 10), NAN)}, "clean_action holds values that"),
-    "half a frame": ({"cond_frame_indexes": (0.5,)}, r"must be integers, got \(0.5,\)"),
+    "half a frame": ({"cond_frame_indexes": (0.5,)}, r"a sequence of integers, got \(0.5,\)"),
+    "frames in words": ({"cond_frame_indexes": "0"}, "a sequence of integers, got '0'"),
+    "frames to be read once": (
+        {"cond_frame_indexes": map(int, "0")},
+        "sequence of integers, got <map",
+    ),
+    "pixels of 0 to 255": (
+        PIXELS | {"cond_video_pixels": picture(1, 3, 1, 80, 96).abs() * 255},
+        r"cond_video_pixels must be uint8 or lie in \[-1, 1\], got 0.* to 255",
+    ),
+    "pixels and latents": (
+        {"cond_video_pixels": picture(1, 3, 1, 80, 96)},
+        "cond_video_latents and cond_video_pixels are both given",
+    ),
+    "pixels without numbers": (
+        PIXELS | {"cond_video_pixels": torch.empty(1, 3, 1, 80, 96, device="meta")},
+        "cond_video_pixels must be dense, got a torch.strided tensor on meta",
+    ),
+    "sparse latents": (
+        {"cond_video_latents": noise(1, 48, 2, 5, 6).to_sparse()},
+        "cond_video_latents must be dense, got a torch.sparse_coo tensor",
+    ),
+    "offset beyond measure": (
+        {"action_frame_offset": 10**30},
+        r"in \[-1048576, 1048576\], got 1000",
+    ),
+    "interval past the end": ({"guidance_interval": (500, 1001)}, "got .500, 1001."),
+    "interval before the start": ({"guidance_interval": (-1, 500)}, "got .-1, 500."),
     "a number for a shape": ({"video_shape": 3}, r"three positive integers .* got \(3,\)"),
     "interval of truths": ({"guidance_interval": (False, True)}, r"got \(False, True\)"),
     "no shape": ({"video_shape": None}, r"three positive integers .* got \(\)"),
-    "huge fps": ({"fps": 10**400}, "fps must be positive and finite, got 1000"),
-    "inf guidance": ({"guidance_scale": float("inf")}, "guidance_scale must be finite, got inf"),
-    "no fps": ({"fps": None}, "fps must be positive and finite, got None"),
-    "guidance in words": ({"guidance_scale": "3"}, "guidance_scale must be finite, got 3"),
-    "guidance of two numbers": ({"guidance_scale": torch.ones(2)}, "guidance_scale must be finite"),
-    "interval in words": ({"guidance_interval": "05"}, r"\(lo, hi\) with lo < hi, got 05"),
-    "half an interval": ({"guidance_interval": 5}, r"\(lo, hi\) with lo < hi, got 5"),
+    "huge fps": ({"fps": 10**400}, "fps must be a positive, finite number, got 1000"),
+    "inf guidance": (
+        {"guidance_scale": float("inf")},
+        "guidance_scale must be a finite number, got inf",
+    ),
+    "no fps": ({"fps": None}, "fps must be a positive, finite number, got None"),
+    "guidance in words": (
+        {"guidance_scale": "3"},
+        "must be a finite number, got '3'",
+    ),
+    "guidance of two numbers": (
+        {"guidance_scale": torch.ones(2)},
+        "guidance_scale must be a finite number",
+    ),
+    "interval in words": (
+        {"guidance_interval": "05"},
+        r"\(lo, hi\) with 0 <= lo < hi <= 1000, got '05'",
+    ),
+    "half an interval": ({"guidance_interval": 5}, r"\(lo, hi\) with 0 <= lo < hi <= 1000, got 5"),
     "list of ids": ({"text_ids": [[1, 2]]}, "text_ids must be a tensor, got list"),
     "no negative prompt": ({"neg_text_ids": None}, "neg_text_ids must be a tensor, got NoneType"),
     "array of latents": (
         {"cond_video_latents": np.zeros((1, 48, 2, 5, 6))},
         "cond_video_latents must be a tensor, got ndarray",
     ),
-    "half offset": ({"action_frame_offset": 0.5}, "action_frame_offset must be an integer, got 0"),
+    "half offset": (
+        {"action_frame_offset": 0.5},
+        "action_frame_offset must be an integer .* got 0",
+    ),
     "long prompt": ({"text": ids(4097)}, "text_ids must hold 1 to 4096 tokens, got 4097"),
     "empty prompt": ({"text": ids(0)}, "text_ids must hold 1 to 4096 tokens, got 0"),
     "vocabulary": (
@@ -249,7 +308,7 @@ def test_bad_requests_are_refused(changes, message):
 
 
 def test_pixels_need_the_encoder():
-    asked = request(cond_video_latents=None, cond_video_pixels=noise(1, 3, 1, 80, 96))
+    asked = request(cond_video_latents=None, cond_video_pixels=picture(1, 3, 1, 80, 96))
     with pytest.raises(ValueError, match="cond_video_pixels need the checkpoint's vae/"):
         check(asked, CONFIG, has_encoder=False)
 

@@ -21,6 +21,7 @@ from cosmos3_fast.testing import (
     vae_shapes,
     write_sharded,
 )
+from cosmos3_fast.testing.shapes import MODEL_INDEX
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_scales(key, shape, mean, std):
 
 
 def test_nano_parameter_counts():
-    """6.946e9 a tower and 704.7 M in the VAE (MODEL.md 1 and 7)."""
+    """6.946e9 a tower and 704.7 M in the VAE (docs/model.md, sections 1 and 7)."""
     shapes = transformer_shapes(NANO_TRANSFORMER)
     und = sum(math.prod(s) for n, s in shapes.items() if n.startswith("layers.") and "to_q" in n)
     assert und == 36 * 4096 * 4096
@@ -123,6 +124,22 @@ def test_kv_heads_must_divide(tmp_path):
     with pytest.raises(ValueError, match=r"heads 8 .* kv_heads 3"):
         make_tiny_checkpoint(tmp_path, kv_heads=3)
     assert not any(tmp_path.iterdir())
+
+
+def test_only_a_tiny_checkpoint_is_written_over(tmp_path):
+    """The mark stands in the first file, so half a checkpoint has it as well."""
+    tiny = make_tiny_checkpoint(tmp_path / "tiny", seed=1, layers=1)
+    (tiny / "transformer" / "config.json").unlink()
+    assert (make_tiny_checkpoint(tiny, layers=1) / "transformer" / "config.json").is_file()
+    for index in (None, "{}", "[]", "no json", json.dumps(MODEL_INDEX)):
+        if index is None:
+            (tiny / "model_index.json").unlink()
+        else:
+            (tiny / "model_index.json").write_text(index)
+        before = {path: path.read_bytes() for path in tiny.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match="tiny must be empty or hold a tiny checkpoint"):
+            make_tiny_checkpoint(tiny, seed=2, layers=1)
+        assert before == {path: path.read_bytes() for path in tiny.rglob("*") if path.is_file()}
 
 
 def test_vocabulary_covers_every_token(tiny):

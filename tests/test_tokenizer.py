@@ -171,9 +171,26 @@ def _no_files(folder):
         path.unlink()
 
 
+def _other_files(folder):
+    """What transformers answers in five lines."""
+    _no_files(folder)
+    (folder / "vocab.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
 BAD = {
     "no folder": (lambda folder: folder.rename(folder.with_name("gone")), "no tokenizer folder"),
-    "empty folder": (_no_files, "cannot load a tokenizer"),
+    "empty folder": (_no_files, r"load a tokenizer .*: it holds neither tokenizer\.json nor vocab"),
+    "folder of another kind": (_other_files, "cannot load a tokenizer"),
+    "model missing": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "cannot load a tokenizer from .*Model missing",
+    ),
+    "broken template": (_template("{{ oops"), "cannot run the chat template in .*TemplateSyntax"),
+    "template that refuses": (
+        _template("{{ raise_exception('no user') }}"),
+        "cannot run the chat template in .*no user",
+    ),
     "broken json": (
         lambda folder: (folder / "tokenizer_config.json").write_text("{"),
         "cannot load a tokenizer",
@@ -202,8 +219,9 @@ def test_bad_tokenizer_folders_are_refused(tmp_path, breakage, message):
     folder = tmp_path / "text_tokenizer"
     make_tokenizer(folder)
     breakage(folder)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         PromptTokenizer(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_ids_outside_the_models_vocabulary_are_refused(folder):

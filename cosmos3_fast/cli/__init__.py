@@ -7,8 +7,8 @@ import logging
 from collections.abc import Sequence
 
 from cosmos3_fast.cli import bench, check, demo, info, run, tiny
-from cosmos3_fast.cli.output import SaidError, say
-from cosmos3_fast.launch import leave_together
+from cosmos3_fast.cli.ending import INTERRUPTED, interruptible, leave
+from cosmos3_fast.cli.output import SaidError, line, say
 
 COMMANDS = {
     "run": run,
@@ -36,13 +36,31 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it worked, 2 with one line on stderr for bad input: in a launch from
-    every process that has it, before any of them ends.
+    every process that has it, before any of them ends. 130 when it was interrupted.
     """
-    args = parser().parse_args(argv)
+    args = _parsed(argv)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
+    try:
+        with interruptible(line(args.command, "interrupted")):
+            return _status(args)
+    except KeyboardInterrupt:
+        say(args.command, "interrupted")
+        return INTERRUPTED
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    try:
+        return parser().parse_args(argv)
+    except SystemExit as end:
+        if end.code:
+            leave(2)
+        raise
+
+
+def _status(args: argparse.Namespace) -> int:
     try:
         COMMANDS[args.command].main(args)
         return 0
@@ -50,5 +68,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         pass  # its line is on stderr
     except (ValueError, ImportError, FloatingPointError) as error:
         say(args.command, error)
-    leave_together()
-    return 2
+    return leave(2)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from cosmos3_fast.cli.output import write_video, writing
+from cosmos3_fast.cli.output import require_folder, write_video, writing
 from cosmos3_fast.testing import make_tiny_checkpoint
 
 PROMPT = "robot picks up the red cup"
@@ -31,6 +31,7 @@ def main(args: argparse.Namespace) -> None:
     """
     from cosmos3_fast.cli import main as command  # the command is what a user would type
 
+    require_folder("--out", args.out)
     begin, out = time.perf_counter(), Path(args.out)
     checkpoint = out / "checkpoint"
     frames = [render(index) for index in range(FRAMES)]

@@ -5,7 +5,10 @@ example script's.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,7 +27,12 @@ from cosmos3_fast.request import MODES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KARRAS = {"auto": None, "true": True, "false": False}
-DEFAULTS = {  # of the flags that a preset may replace; their argparse default is None
+# argparse's default of these is None: a preset may replace ours, and what was given is known.
+DEFAULTS: dict[str, Any] = {
+    "negative_prompt": "",
+    "action_normalization": "minmax",
+    "height": 480,
+    "width": 832,
     "domain_name": "agibotworld",
     "action_chunk_size": 16,
     "raw_action_dim": None,
@@ -44,7 +52,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--preset", choices=("droid",), help="the released DROID checkpoint's own recipe")
     add("--prompt", default="robot manipulates objects")
-    add("--negative-prompt", default="")
+    add("--negative-prompt", help="default: empty")
     add("--mode", choices=MODES, default="policy")
     add("--condition-frames", help="clean latent frames, e.g. 0,1 (default: the mode's own)")
     add("--prompt-format", choices=("plain", "json"), default="json")
@@ -54,10 +62,10 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     add("--action-chunk-size", type=int)
     add("--raw-action-dim", type=int)
     add("--action-stats-path")
-    add("--action-normalization", choices=NORMALIZATIONS, default="minmax")
+    add("--action-normalization", choices=NORMALIZATIONS, help="default: minmax")
     add("--num-frames", type=int, help="1: PhyAI's one-frame shape (default: chunk + 1)")
-    add("--height", type=int, default=480)
-    add("--width", type=int, default=832)
+    add("--height", type=int, help="default: 480")
+    add("--width", type=int, help="default: 832")
     add("--image-size", type=int, help="tier of the canvas; 0 takes --height x --width")
     add("--no-prompt-metadata", action="store_true")
     add("--fps", type=float)
@@ -85,12 +93,12 @@ class Settings:
     """The flags with defaults and preset resolved."""
 
     args: argparse.Namespace
-    values: dict[str, object]
+    values: dict[str, Any]
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Settings:
-        """Flag, else preset, else default."""
-        preset: dict[str, object] = {}
+        """Flag, else preset, else default; ValueError for a side that is no length."""
+        preset: dict[str, Any] = {}
         if args.preset == "droid":
             recipe = DROID()
             preset = recipe.processor_arguments() | recipe.engine_arguments()
@@ -101,7 +109,15 @@ class Settings:
             name: default if getattr(args, name) is None else getattr(args, name)
             for name, default in (DEFAULTS | preset).items()
         }
+        for side in ("height", "width"):
+            if values[side] < 1:
+                raise ValueError(f"--{side} must be at least 1 pixel, got {values[side]}")
         return cls(args, values)
+
+    def given(self, name: str) -> bool:
+        """Whether a flag (of this command or not) was given, its default being None or False."""
+        value = getattr(self.args, name, None)
+        return value is not None and value is not False
 
     @property
     def device(self) -> str:
@@ -116,9 +132,9 @@ class Settings:
     def plugin_args(self, decode_video: bool) -> Cosmos3PolicyWNArgs:
         return Cosmos3PolicyWNArgs(
             checkpoint_dir=self.args.checkpoint,
-            flow_shift=self.values["flow_shift"],  # type: ignore[arg-type]
+            flow_shift=self.values["flow_shift"],
             use_karras_sigmas=KARRAS[self.args.use_karras_sigmas],
-            schedule=self.values["schedule"],  # type: ignore[arg-type]
+            schedule=self.values["schedule"],
             decode_video=decode_video,
         )
 
@@ -136,37 +152,46 @@ class Settings:
     def processor(self, device: torch.device | str) -> Cosmos3PolicyProcessor:
         args, values = self.args, self.values
         names = (
-            "domain_name", "action_chunk_size", "raw_action_dim", "fps", "view_point",
-            "view_description",
+            "height", "width", "domain_name", "action_chunk_size", "raw_action_dim", "fps",
+            "view_point", "view_description", "action_normalization", "negative_prompt",
         )  # fmt: skip
         return Cosmos3PolicyProcessor(
             tokenizer_name_or_path=f"{args.checkpoint}/text_tokenizer",
-            height=args.height,
-            width=args.width,
             num_frames=args.num_frames,
             mode=args.mode,
-            image_size=values["image_size"] or None,  # type: ignore[arg-type]
+            image_size=values["image_size"] or None,
             append_metadata=not args.no_prompt_metadata,
             prompt_format=args.prompt_format,
             cond_frame_indexes=integers(args.condition_frames, "--condition-frames"),
             action_stats_path=args.action_stats_path,
-            action_normalization=args.action_normalization,
-            negative_prompt=args.negative_prompt,
             device=device,
             params_dtype=self.dtype,
-            **{name: values[name] for name in names},  # type: ignore[arg-type]
+            **{name: values[name] for name in names},
         )
 
-    def sampling(self) -> dict[str, object]:
+    @property
+    def guidance_interval(self) -> tuple[float, float] | None:
+        found = numbers(self.args.guidance_interval, "--guidance-interval", 2)
+        return None if found is None else (found[0], found[1])
+
+    def sampling(self) -> dict[str, Any]:
         """The request's sampling fields."""
-        interval = numbers(self.args.guidance_interval, "--guidance-interval", 2)
         return {
             "fps": self.values["fps"],
             "num_inference_steps": self.values["steps"],
             "guidance_scale": self.values["guidance_scale"],
             "seed": self.args.seed,
-            "guidance_interval": None if interval is None else (interval[0], interval[1]),
+            "guidance_interval": self.guidance_interval,
         }
+
+
+@contextmanager
+def named(flag: str) -> Iterator[None]:
+    """A ValueError in here gets the flag in front of its words."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
 
 
 def numbers(text: str | None, flag: str, count: int | None = None) -> list[float] | None:
@@ -174,7 +199,7 @@ def numbers(text: str | None, flag: str, count: int | None = None) -> list[float
     if text is None:
         return None
     try:
-        values = [float(part) for part in text.split(",") if part.strip()]
+        values = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"{flag} takes comma-separated numbers, got {text!r}") from error
     if count is not None and len(values) != count:

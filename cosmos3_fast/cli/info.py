@@ -6,56 +6,66 @@ import argparse
 import sys
 from typing import Any
 
-import numpy as np
 import torch
 
 from cosmos3_fast import denoise
+from cosmos3_fast.checks import check
 from cosmos3_fast.cli.flags import Settings, add_device_flags, add_request_flags
+from cosmos3_fast.cli.idle import warn_of_idle_flags
+from cosmos3_fast.cli.observation import (
+    add_observation_flags,
+    blank,
+    check_observation,
+    observe,
+)
 from cosmos3_fast.cli.run import request_of
 from cosmos3_fast.config import CheckpointConfig
 from cosmos3_fast.graph import ShapeKey
 from cosmos3_fast.model import Cosmos3Transformer, parameter_bytes
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.processor import DROID
-from cosmos3_fast.request import check
 from cosmos3_fast.vae import WanVAE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `run` that decide shapes; without --image a blank picture of height x width."""
+    """The flags of `run` that decide shapes; without an observation a blank picture of height x
+    width, with --preset droid of the mosaic's size.
+    """
     add_device_flags(parser)
     add_request_flags(parser)
-    parser.add_argument("--image")
+    add_observation_flags(parser)
 
 
 def main(args: argparse.Namespace) -> None:
     """Print one line a fact."""
     settings = Settings.of(args)
+    check_observation(args)
     settings.engine_args()  # refuses a device or a mesh that cannot be
     checkpoint = CheckpointConfig.read(args.checkpoint)
     config = checkpoint.transformer
     processor = settings.processor("cpu")
-    image = args.image or np.zeros((args.height, args.width, 3), dtype=np.uint8)
-    actions = torch.zeros(1, processor.raw_action_dim)
+    seen = args.image is not None or args.video is not None
+    frames = observe(settings, processor.num_frames) if seen else blank(settings)
+    actions = torch.zeros(processor.action_chunk_size, processor.action_width)
     cond_action = actions if args.mode == "forward_dynamics" else None
     processed = processor.preprocess(
-        {"images": image, "task": args.prompt, "cond_action": cond_action}
+        {"images": frames, "task": args.prompt, "cond_action": cond_action}
     )
     state = DROID().encode_state([0.0] * 7, 0.0) if args.preset == "droid" else None
     request = request_of(processed, settings, state)
-    check(request, config, has_encoder=True)
+    check(request, config, has_encoder=checkpoint.vae is not None)
     schedule = denoise.schedule_of(
         settings.plugin_args(False), checkpoint.scheduler, request.num_inference_steps
     )
     plan = denoise.plan(request, config, schedule)
+    warn_of_idle_flags(settings, schedule)
     canvas = "x".join(str(side) for side in processed.pixel_values.shape[3:])
-    frames, rows, cols = plan.layout.grid
+    depth, rows, cols = plan.layout.grid
     facts = {
         "canvas (HxW)": canvas,
         "video (frames, H, W)": processed.video_shape,
         "latents (t, h, w)": request.video_shape,
-        "tokens": f"{plan.layout.tokens} = {frames}x{rows}x{cols} video + "
-        f"{plan.layout.rows} action",
+        "tokens": f"{plan.layout.tokens} = {depth}x{rows}x{cols} video + {plan.layout.rows} action",
         "text tokens": ", ".join(str(len(ids)) for ids in plan.prompts),
         "prompt": processed.caption,
         f"sigmas ({schedule.name})": " ".join(f"{s:.6g}" for s in schedule.sigmas),

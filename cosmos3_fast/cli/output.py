@@ -19,11 +19,16 @@ class SaidError(Exception):
     """An error that stands on stderr already: the command has only to end with status 2."""
 
 
-def say(command: str, error: Exception) -> SaidError:
-    """One line on stderr, now, in one piece: the ranks of a launch share it."""
-    sys.stderr.write(f"cosmos3-fast {command}: {error}\n")
+def line(command: str, words: Exception | str) -> str:
+    """How the command says why it ends."""
+    return f"cosmos3-fast {command}: {words}"
+
+
+def say(command: str, words: Exception | str) -> SaidError:
+    """That line on stderr, now, in one piece: the ranks of a launch share it."""
+    sys.stderr.write(f"{line(command, words)}\n")
     sys.stderr.flush()
-    return SaidError(str(error))
+    return SaidError(str(words))
 
 
 @contextmanager
@@ -50,8 +55,18 @@ def require_place(path: str | os.PathLike[str]) -> None:
 
 
 def result_files(out: str, video: bool) -> list[Path]:
-    """What `write_results` writes: OUT_action.json, OUT_action.png and OUT.mp4."""
+    """What `write_results` writes: OUT_action.json, OUT_action.png and OUT.mp4. ValueError for a
+    prefix without a name, whose files would be hidden ones or named like each other's ends.
+    """
+    if os.path.basename(out) in ("", os.curdir, os.pardir):
+        raise ValueError(f"--out PREFIX must end in a name, as in results/policy; got {out!r}")
     return [Path(f"{out}{end}") for end in ("_action.json", "_action.png", ".mp4")[: 2 + video]]
+
+
+def require_folder(name: str, folder: str) -> None:
+    """ValueError for an empty folder, which would be the current one."""
+    if not folder:
+        raise ValueError(f"{name} must name a folder, got {folder!r}")
 
 
 def require_writers(video: bool, plot: bool) -> None:

@@ -6,12 +6,20 @@ Alone or under torchrun; every rank runs, rank 0 alone prints and writes.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from cosmos3_fast.cli.flags import Settings, add_device_flags, add_request_flags, numbers
+from cosmos3_fast.checks import check
+from cosmos3_fast.cli.flags import (
+    Settings,
+    add_device_flags,
+    add_request_flags,
+    named,
+    numbers,
+)
+from cosmos3_fast.cli.idle import warn_of_idle_flags
+from cosmos3_fast.cli.observation import add_observation_flags, check_observation, observe
 from cosmos3_fast.cli.output import (
     require_place,
     require_writers,
@@ -20,6 +28,7 @@ from cosmos3_fast.cli.output import (
     video_rate,
     write_results,
 )
+from cosmos3_fast.denoise import schedule_of
 from cosmos3_fast.engine import Engine
 from cosmos3_fast.launch import launch_size
 from cosmos3_fast.processor import (
@@ -28,7 +37,6 @@ from cosmos3_fast.processor import (
     Cosmos3PolicyProcessor,
     read_actions,
 )
-from cosmos3_fast.processor.views import compose_droid_views, droid_mosaic
 from cosmos3_fast.request import Cosmos3ActionRequest, pixel_to_latent_shape
 
 
@@ -36,12 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the example script, and ours."""
     add_device_flags(parser)
     add_request_flags(parser)
+    add_observation_flags(parser)
     add = parser.add_argument
-    add("--image", nargs="+", help="one image; with --preset droid a mosaic, or wrist left right")
-    add("--video", help="observation clip instead of --image")
     add("--state", help="--preset droid: 7 joints in radians and the gripper, comma-separated")
     add("--action-file", help="JSON actions (forward_dynamics)")
-    add("--action-chunk-index", type=int, default=0)
+    add("--action-chunk-index", type=int, help="of a file with action_chunks (default: 0)")
     add("--no-video", action="store_true", help="do not decode the rollout")
     add("--warmup", action="store_true", help="first run it unseen: times as in a control loop")
     add("--out", default=".cache/cosmos3_policy_wn", help="prefix of the files written")
@@ -71,6 +78,8 @@ def _answer(settings: Settings, engine: Engine) -> None:
         processor, request = _request(settings, engine.device)
         if not args.no_video:
             video_rate(request.fps)
+        if main_rank:
+            _warn(settings, engine, request)
     except (ValueError, ImportError, OSError) as error:
         engine.refuse(ValueError(str(error)))
     if args.warmup:
@@ -87,14 +96,13 @@ def _answer(settings: Settings, engine: Engine) -> None:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    if (args.image is None) == (args.video is None):
-        raise ValueError("pass exactly one of --image and --video")
-    droid = args.preset == "droid"
-    if droid and args.state is None:
+    check_observation(args)
+    if args.image is None and args.video is None:
+        raise ValueError("pass exactly one of --image and --video, got neither")
+    if args.preset == "droid" and args.state is None:
         raise ValueError("--preset droid needs --state (7 joints in radians and the gripper)")
-    if args.image and len(args.image) not in ((1, 3) if droid else (1,)):
-        allowed = "1 or 3 images" if droid else "1 image"
-        raise ValueError(f"--image takes {allowed} here, got {len(args.image)}")
+    if args.preset != "droid" and args.state is not None:
+        raise ValueError("--state is the DROID robot's, and goes with --preset droid alone")
     if args.mode == "forward_dynamics" and args.action_file is None:
         raise ValueError("--mode forward_dynamics needs --action-file")
     if args.cfg * args.tp == 1 and launch_size() > 1:  # else every process would write the files
@@ -104,31 +112,31 @@ def _check_flags(args: argparse.Namespace) -> None:
         )
 
 
-def _observation(args: argparse.Namespace) -> Any:
-    if args.video is not None:
-        return args.video
-    if args.preset == "droid":
-        return (
-            compose_droid_views(*args.image)
-            if len(args.image) == 3
-            else droid_mosaic(args.image[0])
-        )
-    return args.image[0]
+def _warn(settings: Settings, engine: Engine, request: Cosmos3ActionRequest) -> None:
+    """Say which flags change nothing, before the work; a bad request is refused first."""
+    checkpoint = engine.checkpoint
+    check(request, checkpoint.transformer, has_encoder=engine.vae is not None)
+    plugin, steps = engine.args.plugin_args, request.num_inference_steps
+    warn_of_idle_flags(settings, schedule_of(plugin, checkpoint.scheduler, steps))
 
 
 def _request(
     settings: Settings, device: torch.device
 ) -> tuple[Cosmos3PolicyProcessor, Cosmos3ActionRequest]:
-    args = settings.args
+    args, droid = settings.args, DROID() if settings.args.preset == "droid" else None
     processor = settings.processor(device)
-    inputs = {"images": _observation(args), "task": args.prompt}
+    inputs = {"task": args.prompt}
     if args.mode == "forward_dynamics":
-        inputs["cond_action"] = read_actions(args.action_file, args.action_chunk_index)
+        with named("--action-file"):
+            rows = read_actions(args.action_file, args.action_chunk_index or 0)
+            inputs["cond_action"] = rows if droid is None else droid.encode_action(rows)
     clean_action = None
-    if args.preset == "droid":
-        state = numbers(args.state, "--state", 8)
+    if droid is not None:
+        state = numbers(args.state, "--state", droid.raw_action_dim)
         assert state is not None
-        clean_action = DROID().encode_state(state[:-1], state[-1])
+        with named("--state"):
+            clean_action = droid.encode_state(state[:-1], state[-1])
+    inputs["images"] = observe(settings, processor.num_frames)
     processed = processor.preprocess(inputs)
     return processor, request_of(processed, settings, clean_action)
 
@@ -153,7 +161,7 @@ def request_of(
         cond_action=processed.cond_action,
         cond_frame_indexes=processed.cond_frame_indexes,
         clean_action=clean_action,
-        **settings.sampling(),  # type: ignore[arg-type]
+        **settings.sampling(),
     )
 
 
@@ -162,7 +170,7 @@ def _finish(settings: Settings, engine: Engine, results: dict[str, torch.Tensor]
     args = settings.args
     if args.preset == "droid":
         results["action"] = DROID().decode_action(results["action"])
-    fps = float(settings.values["fps"])  # type: ignore[arg-type]
+    fps = float(settings.values["fps"])
     title = f"{args.mode}, {settings.values['domain_name']}"
     written = write_results(args.out, results, fps, title)
     times = ", ".join(f"{stage} {ms:.1f}" for stage, ms in engine.times.items())

@@ -11,7 +11,7 @@ from cosmos3_fast.layers.residual import Residual
 
 
 class RMSNorm(nn.Module):
-    """Normalise in float32, round, multiply by the weight [H] (rounded): the order of MODEL.md."""
+    """Normalise in float32, round, multiply by the weight [H] (rounded): see docs/model.md, 1."""
 
     def __init__(
         self, size: int, eps: float, name: str, *, device: torch.device, dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""Three-axis interleaved rotary positions: text, video and action tokens (MODEL.md, section 2)."""
+"""Three-axis interleaved rotary positions: text, video and action tokens (docs/model.md, 2)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Action rows: checks, length and width rules, the JSON forms (MODEL.md 5)."""
+"""Action rows: checks, length and width rules, the JSON forms (docs/model.md, section 5)."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from cosmos3_fast.numeric import is_number
+
 logger = logging.getLogger(__name__)
 
 
 def action_rows(actions: Any, name: str = "cond_action") -> torch.Tensor:
     """float32 [T,D] from a tensor, array or nested list of shape [T,D] or [1,T,D].
 
-    ValueError for ragged or non-numeric rows, another shape, no row, and values not finite.
+    ValueError for ragged rows, for what is no number (booleans and text included), another shape,
+    no row, and values not finite.
     """
+    check_numbers(actions, name)
     try:
         if isinstance(actions, torch.Tensor):
             rows = actions.detach().to("cpu", torch.float32)
         else:
             rows = torch.from_numpy(np.array(actions, dtype=np.float64)).float()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{name}{_ragged(actions)}: {error}") from error
     if rows.ndim == 3 and rows.shape[0] == 1:
         rows = rows[0]
@@ -40,6 +45,33 @@ def action_rows(actions: Any, name: str = "cond_action") -> torch.Tensor:
             f"column {column}"
         )
     return rows
+
+
+def check_numbers(values: Any, name: str) -> None:
+    """ValueError naming the first leaf of nested lists, or the dtype of an array, that is no real
+    number. Booleans are none.
+    """
+    for place, leaf in _leaves(values, ()):
+        if isinstance(leaf, torch.Tensor):
+            numeric = not leaf.dtype.is_complex and leaf.dtype != torch.bool
+        elif hasattr(leaf, "__array__"):
+            numeric = np.asarray(leaf).dtype.kind in "iuf"
+        else:
+            numeric = is_number(leaf)
+        if not numeric:
+            dtype = getattr(leaf, "dtype", None)
+            came = f"{leaf!r:.40} ({type(leaf).__name__})" if dtype is None else f"dtype {dtype}"
+            where = " at " + "".join(f"[{index}]" for index in place) if place else ""
+            raise ValueError(f"{name} is not numeric: expected numbers, got {came}{where}")
+
+
+def _leaves(values: Any, place: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """What nested lists hold, each with its indexes."""
+    if isinstance(values, (list, tuple)):
+        for index, value in enumerate(values):
+            yield from _leaves(value, (*place, index))
+    else:
+        yield place, values
 
 
 def _ragged(actions: Any) -> str:
@@ -57,8 +89,9 @@ def _ragged(actions: Any) -> str:
 class ActionPad:
     """Fits rows into the chunk: (actions, raw_action_dim) -> float32 [1,chunk,action_dim].
 
-    Shorter than the chunk repeats the last row, longer is cut, channels are zero-padded to
-    action_dim. ValueError for more columns than raw_action_dim; fewer are padded, with a warning.
+    Shorter than the chunk repeats the last row, longer is cut, both with a warning; channels are
+    zero-padded to action_dim. ValueError for more columns than raw_action_dim; fewer are padded,
+    with a warning.
     """
 
     chunk: int
@@ -76,7 +109,10 @@ class ActionPad:
                 "cond_action has %d of %d columns; the others are 0", width, raw_action_dim
             )
         if count < self.chunk:
+            logger.warning("cond_action has %d of %d rows; the last is repeated", count, self.chunk)
             rows = torch.cat([rows, rows[-1:].expand(self.chunk - count, width)])
+        if count > self.chunk:
+            logger.warning("cond_action has %d rows; the first %d are used", count, self.chunk)
         padded = torch.zeros(1, self.chunk, self.action_dim, dtype=torch.float32, device="cpu")
         padded[0, :, :width] = rows[: self.chunk]
         return padded

@@ -1,4 +1,4 @@
-"""From frames of any size to the canvas that the model was trained on (MODEL.md 5, CF's rule)."""
+"""From frames of any size to the canvas that the model was trained on (docs/model.md, 5)."""
 
 from __future__ import annotations
 

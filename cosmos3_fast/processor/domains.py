@@ -1,8 +1,8 @@
-"""Embodiment domains: id (which per-domain weights) and raw action width (MODEL.md 4)."""
+"""Embodiment domains: id (which per-domain weights) and raw action width (docs/model.md, 4)."""
 
 from __future__ import annotations
 
-from numbers import Integral
+from cosmos3_fast.numeric import is_integer
 
 # name -> (id, widths that need no leave to be used; the first is the default, none: say one)
 DOMAINS: dict[str, tuple[int, tuple[int, ...]]] = {
@@ -26,19 +26,21 @@ DOMAINS: dict[str, tuple[int, tuple[int, ...]]] = {
 }
 
 
-def _is_integer(domain: object) -> bool:
-    return isinstance(domain, Integral) and not isinstance(domain, bool)
-
-
 def resolve_domain_id(domain: str | int) -> int:
-    """Id of a domain name; integers >= 0 stand for themselves. ValueError for anything else."""
-    if not isinstance(domain, str) and _is_integer(domain):
+    """Id of a domain name; integers >= 0, also as decimal text, stand for themselves.
+
+    ValueError for anything else.
+    """
+    if isinstance(domain, str):
+        if domain in DOMAINS:
+            return DOMAINS[domain][0]
+        if domain.isascii() and domain.isdecimal():
+            return int(domain)
+    elif is_integer(domain):
         if domain < 0:
             raise ValueError(f"domain id must be >= 0, got {domain}")
         return int(domain)
-    if not isinstance(domain, str) or domain not in DOMAINS:
-        raise ValueError(f"unknown domain {domain!r}; expected one of {sorted(DOMAINS)} or an id")
-    return DOMAINS[domain][0]
+    raise ValueError(f"unknown domain {domain!r}; expected one of {sorted(DOMAINS)} or an id >= 0")
 
 
 def resolve_raw_action_dim(
@@ -46,20 +48,23 @@ def resolve_raw_action_dim(
 ) -> int:
     """Width of an action row: the explicit one, else the table's.
 
-    An explicit width that the table does not list for this domain raises unless `allow_width`;
-    integer ids and domains without a fixed width need an explicit one.
+    An explicit width that the table does not list for this domain raises; `allow_width=True` takes
+    it all the same. Ids and domains without a fixed width need an explicit one, and take any.
     """
-    resolve_domain_id(domain)
-    widths = DOMAINS[domain][1] if isinstance(domain, str) else ()
+    domain_id = resolve_domain_id(domain)
+    widths = DOMAINS[domain][1] if isinstance(domain, str) and domain in DOMAINS else ()
     if raw_action_dim is None:
         if not widths:
             raise ValueError(f"domain {domain!r} has no fixed action width: give raw_action_dim")
         return widths[0]
-    if not _is_integer(raw_action_dim) or raw_action_dim < 1:
-        raise ValueError(f"raw_action_dim must be a positive integer, got {raw_action_dim!r}")
+    if not is_integer(raw_action_dim) or raw_action_dim < 1:
+        raise ValueError(
+            f"raw_action_dim must be a positive integer, got {raw_action_dim!r} "
+            f"({type(raw_action_dim).__name__})"
+        )
     if widths and raw_action_dim not in widths and not allow_width:
         raise ValueError(
             f"raw_action_dim {raw_action_dim} differs from {list(widths)}, the width of domain "
-            f"{domain!r}; pass allow_width=True if that is meant"
+            f"{domain!r}; if it is meant, give the domain as its id, {domain_id}"
         )
     return int(raw_action_dim)

@@ -1,4 +1,4 @@
-"""The recipe of the released DROID joint policy (MODEL.md 4): settings, state row, reply."""
+"""The recipe of the released DROID joint policy (docs/model.md, 4): settings, state row, reply."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VIEW_DESCRIPTION = (
 
 @dataclass(frozen=True)
 class DROID:
-    """Every setting of the recipe, and the two conversions between robot and model.
+    """Every setting of the recipe, and the conversions between robot and model.
 
     A model row is [7 joints in radians, 1 - gripper]; nothing is normalised.
     """
@@ -51,17 +51,30 @@ class DROID:
         return {"schedule": self.schedule, "flow_shift": self.flow_shift}
 
     def encode_state(self, joints: Sequence[float], gripper: float) -> torch.Tensor:
-        """Request field `clean_action` [1,1,8] float32 from 7 joints (radians) and the gripper."""
+        """Request field `clean_action` [1,1,8] float32 from 7 joints (radians) and the gripper, in
+        [0, 1]; ValueError for other values.
+        """
         row = action_rows([[*map(float, joints), 1.0 - float(gripper)]], "state")
         if row.shape[1] != self.raw_action_dim:
             raise ValueError(
                 f"state needs {self.raw_action_dim - 1} joints and the gripper, "
                 f"got {row.shape[1] - 1} joints"
             )
+        if not 0 <= float(gripper) <= 1:
+            raise ValueError(f"the gripper of a state must lie in [0, 1], got {float(gripper):g}")
         return row[None]
 
     def decode_action(self, action: torch.Tensor) -> torch.Tensor:
         """Robot commands from the model's rows [..., 8]: a copy with 1 - x in the last column."""
+        return self._turned(action)
+
+    def encode_action(self, action: torch.Tensor) -> torch.Tensor:
+        """The model's rows from robot commands [..., 8], for `cond_action`: the inverse of
+        `decode_action`, which gives back its own commands bit for bit, others up to rounding.
+        """
+        return self._turned(action)
+
+    def _turned(self, action: torch.Tensor) -> torch.Tensor:
         if action.shape[-1] != self.raw_action_dim:
             raise ValueError(
                 f"DROID actions have {self.raw_action_dim} columns, got {action.shape[-1]}"

@@ -10,13 +10,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+_UPRIGHT = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
-    """One image file as RGB uint8 [H,W,3]. ValueError naming the file when it cannot be read."""
+    """One image file, upright by its EXIF orientation, as RGB uint8 [H,W,3].
+
+    ValueError naming the file when it cannot be read or has more than 8 bits a channel.
+    """
     try:
         with Image.open(path) as image:
             return _from_pil(image)
@@ -38,7 +50,7 @@ def read_video(path: str | os.PathLike[str], limit: int | None = None) -> torch.
         )
     name = os.fspath(path)
     try:
-        with av.open(name) as container:
+        with open(name, "rb") as file, av.open(file) as container:  # never an address
             decoded = container.decode(video=0) if container.streams.video else iter(())
             frames = [f.to_ndarray(format="rgb24") for f in itertools.islice(decoded, limit)]
     except (av.FFmpegError, OSError) as error:
@@ -49,7 +61,23 @@ def read_video(path: str | os.PathLike[str], limit: int | None = None) -> torch.
 
 
 def _from_pil(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image.convert("RGB")))
+    """RGB uint8 [H,W,3]; alpha is dropped. PIL would clip wider channels to 255."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"image mode {image.mode!r} has more than 8 bits a channel; expected 8 (L, RGB, ...)"
+        )
+    return torch.from_numpy(np.array(_upright(image).convert("RGB")))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As `PIL.ImageOps.exif_transpose`, which however rewrites all metadata, and fails on some."""
+    image.load()  # a PNG's may stand behind its pixels
+    try:
+        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+    except SyntaxError as error:
+        raise ValueError(f"its EXIF data cannot be read: {error}") from error
+    method = _UPRIGHT.get(orientation)
+    return image if method is None else image.transpose(method)
 
 
 def _to_uint8(array: torch.Tensor) -> torch.Tensor:
@@ -104,16 +132,23 @@ def load_frames(source: Any, limit: int) -> torch.Tensor:
 
     `source` is a path (image or video), a PIL image, an array or tensor ([H,W,3], [3,H,W] or a
     clip with T in front; uint8, or floats in [0,1] or [-1,1]), or a list of single frames of one
-    size. ValueError for what cannot be read, is empty, or has frames of different sizes.
+    size, which are all read. ValueError for what cannot be read, is empty, has frames of different
+    sizes, and for a clip in a list.
     """
     if not isinstance(source, Sequence) or isinstance(source, str):
         return _one_source(source, limit)
     if not source:
         raise ValueError("images is an empty list; expected at least one frame")
-    frames = [_one_source(item, 1) for item in source[:limit]]
-    sizes = sorted({(int(f.shape[1]), int(f.shape[2])) for f in frames})
+    frames: list[torch.Tensor] = []
+    sizes: set[tuple[int, int]] = set()
+    for place, item in enumerate(source):
+        frame = _one_source(item, 2)
+        if len(frame) > 1:
+            raise ValueError(f"images[{place}] is a clip; a list must hold single frames")
+        sizes.add((int(frame.shape[1]), int(frame.shape[2])))
+        frames += [frame] if place < limit else []
     if len(sizes) > 1:
-        raise ValueError(f"the frames of a clip must have one size, got (H, W) {sizes}")
+        raise ValueError(f"the frames of a clip must have one size, got (H, W) {sorted(sizes)}")
     return torch.cat(frames)
 
 

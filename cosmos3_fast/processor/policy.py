@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from cosmos3_fast import ops
-from cosmos3_fast.processor.actions import ActionPad
+from cosmos3_fast.numeric import is_integer
+from cosmos3_fast.processor.actions import ActionPad, action_rows
+from cosmos3_fast.processor.arguments import check_arguments
 from cosmos3_fast.processor.canvas import Canvas
 from cosmos3_fast.processor.domains import resolve_domain_id, resolve_raw_action_dim
 from cosmos3_fast.processor.images import fit_length, load_frames
 from cosmos3_fast.processor.prompt import Caption
-from cosmos3_fast.processor.stats import load_denormalize
+from cosmos3_fast.processor.stats import check_normalization, load_stats
 from cosmos3_fast.request import MODES, TEMPORAL_FACTOR, pixel_to_latent_shape
 from cosmos3_fast.tokenizer import PromptTokenizer
 
@@ -30,7 +32,8 @@ class Cosmos3PolicyProcessedInputs:
 
     pixel_values [1,3,T,H,W]: the canvas in [-1,1], params_dtype, on the processor's device; T
     frames are what the clean latent frames need. text_ids, text_mask, neg_text_ids, neg_text_mask
-    [1,n]: int64 on the CPU. cond_action: float32 [1,action_chunk,action_dim] on the CPU, or None.
+    [1,n]: int64 on the CPU. cond_action: float32 [1,action_chunk,action_dim] on the CPU, in the
+    model's units, or None.
     video_shape (frames, content_h, content_w) in pixels: `pixel_to_latent_shape(*video_shape)` is
     the request's. caption: the text that was tokenised. fps in frames a second.
     """
@@ -57,8 +60,10 @@ class Cosmos3PolicyProcessor:
     Canvas: height x width, or with `image_size` (a tier: 256, 480, 704, 720, 768) the tier's
     canvas of the nearest aspect. The video spans action_chunk_size + 1 frames; num_frames=1 gives
     one, any other value is ignored. A `raw_action_dim` that the domain's table does not list needs
-    `allow_width=True`. `action_stats_path` turns on denormalisation in `postprocess`.
-    ValueError for every argument that does not fit, before anything is read from a request.
+    `allow_width=True`, or the domain as an id. With `action_stats_path` (statistics) given actions
+    are normalised with them, results denormalised: both are in the robot's units; without, both
+    are the model's own numbers. ValueError for every argument that does not fit, before anything
+    is read from a request.
     """
 
     def __init__(
@@ -87,6 +92,8 @@ class Cosmos3PolicyProcessor:
         params_dtype: torch.dtype = torch.bfloat16,
         allow_width: bool = False,
     ) -> None:
+        check_arguments(locals())
+        check_normalization(action_normalization)
         self.mode = _known_mode(mode)
         self.domain_name = domain_name
         self.action_chunk_size = _chunk(action_chunk_size)
@@ -109,25 +116,38 @@ class Cosmos3PolicyProcessor:
             append_metadata,
         )
         self._pad = ActionPad(self.action_chunk_size, self.action_dim)
-        self._denormalize = (
-            load_denormalize(action_stats_path, action_normalization) if action_stats_path else None
+        self._stats = (
+            load_stats(action_stats_path, action_normalization) if action_stats_path else None
         )
         self.tokenizer = PromptTokenizer(tokenizer_name_or_path)
         self.negative_prompt = negative_prompt
         self._negative_ids = self.tokenizer.encode(negative_prompt)
 
+    @property
+    def action_width(self) -> int:
+        """Columns of actions in the robot's units: the statistics' where there are any."""
+        return self.raw_action_dim if self._stats is None else self._stats.width
+
     def preprocess(self, inputs: Mapping[str, Any]) -> Cosmos3PolicyProcessedInputs:
         """One request's inputs.
 
         `inputs`: "images" (what `images.load_frames` takes), "task" or "prompt" (str),
-        "cond_action" or "action" (rows for forward_dynamics, otherwise not used), and optionally
-        "domain_name" or "domain_id", and "mode", which replace the processor's own for this call.
-        ValueError names what was expected and what came.
+        "cond_action" or "action" (rows for forward_dynamics, otherwise not used; in the robot's
+        units where there are statistics), and optionally "domain_name" or "domain_id", and "mode",
+        which replace the processor's own for this call. Frames and rows that are missing (the last
+        is repeated) or left over are said in a warning. ValueError names what was expected and
+        what came.
         """
+        if not isinstance(inputs, Mapping):
+            raise ValueError(f"preprocess needs a mapping of inputs, got {type(inputs).__name__}")
         mode = _known_mode(inputs.get("mode", self.mode))
         domain = _first(inputs, "domain_name", "domain_id")
         domain = self.domain_name if domain is None else domain
         width = self._width(domain)
+        if self._stats is not None and self._stats.width > width:
+            raise ValueError(
+                f"action stats have {self._stats.width} channels, more than raw_action_dim {width}"
+            )
         task = _task(inputs)
         cond_action = self._conditioning(mode, _first(inputs, "cond_action", "action"), width)
         placed, content = self._canvas(self._observation(inputs, mode))
@@ -160,11 +180,11 @@ class Cosmos3PolicyProcessor:
         `output` is `engine.step`'s dict or an action tensor alone. Actions keep their own width,
         which in the engine's result is that of its request, whatever domain this processor was made
         for; `raw_action_dim` cuts actions that are still padded. With action stats they are brought
-        to the robot's units (float32, cut to the width of the stats). ValueError when an action is
-        narrower than that or not finite.
+        to the robot's units (float32, cut to the width of the stats), forward_dynamics' given ones
+        back to what was given. ValueError for anything else, and when an action is narrower than
+        the stats or not finite.
         """
-        results = {"action": output} if isinstance(output, torch.Tensor) else output
-        finished = {k: results[k].cpu() for k in ("action", "pixels", "video") if k in results}
+        finished = {name: tensor.cpu() for name, tensor in _tensors(output).items()}
         if "action" in finished:
             finished["action"] = self._finish(finished["action"], raw_action_dim)
         return finished
@@ -184,7 +204,8 @@ class Cosmos3PolicyProcessor:
             raise ValueError(
                 f"forward_dynamics needs cond_action with {width} columns; none was given"
             )
-        return self._pad(actions, width)
+        rows = action_rows(actions)
+        return self._pad(rows if self._stats is None else self._stats.normalize(rows), width)
 
     def _observation(self, inputs: Mapping[str, Any], mode: str) -> torch.Tensor:
         """The pixel frames that the clean latent frames depend on: uint8 [1 + 4·last,H,W,3]."""
@@ -196,21 +217,25 @@ class Cosmos3PolicyProcessor:
         elif mode != "inverse_dynamics":
             last = 0
         count = 1 + TEMPORAL_FACTOR * last
-        frames = load_frames(inputs["images"], count)
+        images = inputs["images"]
+        frames = load_frames(images, count + 1)  # one more tells whether any are left over
         if len(frames) < count:
             logger.warning("%d of %d frames given; the last is repeated", len(frames), count)
+        if len(frames) > count:
+            given = _frames_given(images)
+            logger.warning("mode %s reads %d of %s; the others are dropped", mode, count, given)
         return fit_length(frames, count)
 
     def _finish(self, action: torch.Tensor, width: int | None) -> torch.Tensor:
         if width is not None:
-            if not 1 <= width <= action.shape[-1]:
+            if not is_integer(width) or not 1 <= width <= action.shape[-1]:
                 raise ValueError(
-                    f"raw_action_dim must lie in [1, {action.shape[-1]}], the width of the "
-                    f"actions, got {width}"
+                    f"raw_action_dim must be an integer in [1, {action.shape[-1]}], the width of "
+                    f"the actions, got {width!r}"
                 )
             action = action[..., :width]
-        if self._denormalize is not None:
-            action = self._denormalize(action)
+        if self._stats is not None:
+            action = self._stats.denormalize(action)
         if not bool(torch.isfinite(action).all()):
             raise ValueError("the action holds values that are not finite; it must not be used")
         return action
@@ -225,6 +250,31 @@ def _row(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 def _first(inputs: Mapping[str, Any], *keys: str) -> Any:
     """The first of the keys that is there and not None, else None."""
     return next((inputs[key] for key in keys if inputs.get(key) is not None), None)
+
+
+def _tensors(output: Any) -> dict[str, torch.Tensor]:
+    """The named tensors of a result; a bare one is the action."""
+    if isinstance(output, torch.Tensor):
+        return {"action": output}
+    if not isinstance(output, Mapping):
+        raise ValueError(
+            f"postprocess needs the engine's dict or an action tensor, got {type(output).__name__}"
+        )
+    found = {name: output[name] for name in ("action", "pixels", "video") if name in output}
+    if not found:
+        raise ValueError(f"a result must hold action, pixels or video; it holds {list(output)}")
+    for name, value in found.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    return found
+
+
+def _frames_given(images: Any) -> str:
+    """A clip in words; three pictures may have been meant as DROID's three views."""
+    if isinstance(images, (str, os.PathLike)):
+        return f"the frames of {os.fspath(images)!r}"
+    hint = " (a clip; three cameras' views go through compose_droid_views)"
+    return f"{len(images)} frames{hint if len(images) == 3 else ''}"
 
 
 def _task(inputs: Mapping[str, Any]) -> str:
@@ -272,7 +322,7 @@ def _frame_indexes(indexes: Sequence[int] | None, frames: int) -> tuple[int, ...
     try:
         found = tuple(index(i) for i in indexes)
     except TypeError as error:
-        raise ValueError(f"cond_frame_indexes must be integers, got {indexes}") from error
+        raise ValueError(f"cond_frame_indexes must be integers, got {indexes!r}") from error
     count = pixel_to_latent_shape(frames, 1, 1)[0]
     if any(not 0 <= frame < count for frame in found):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The two prompt forms that the action model was trained on, byte-exact (MODEL.md 5)."""
+"""The two prompt forms that the action model was trained on, byte-exact (docs/model.md, 5)."""
 
 from __future__ import annotations
 

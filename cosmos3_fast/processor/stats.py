@@ -1,4 +1,4 @@
-"""From the model's normalised actions back to the robot's units (MODEL.md 5)."""
+"""Between the robot's units and the model's normalised actions (docs/model.md, section 5)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from cosmos3_fast.processor.actions import check_numbers
 
 # normalisation -> (block of the stats file, name of the two vectors)
 _BLOCKS = {
@@ -21,18 +23,38 @@ NORMALIZATIONS = tuple(_BLOCKS)
 
 
 @dataclass(frozen=True, eq=False)
-class Denormalize:
-    """x -> x · scale + offset per channel, cut to the width of the stats (float32 [D] each).
-
-    Call: [..., >= D] -> float32 [..., D]. ValueError when the actions are narrower than the stats.
+class ActionStats:
+    """Statistics of D channels (float32 [D] each): robot = model · scale + offset, or with `shift`
+    1 robot = (model + 1) / 2 · scale + offset.
     """
 
     scale: torch.Tensor
     offset: torch.Tensor
     shift: float = 0.0
 
-    def __call__(self, action: torch.Tensor) -> torch.Tensor:
-        width = self.scale.shape[0]
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.scale.shape[0])
+
+    def normalize(self, rows: torch.Tensor) -> torch.Tensor:
+        """Robot to model, the inverse of `denormalize`: [..., n <= D] -> float32 [..., n].
+
+        ValueError for more channels than the statistics have.
+        """
+        width = rows.shape[-1]
+        if width > self.width:
+            raise ValueError(f"cond_action has {width} columns, the action stats {self.width}")
+        scale, offset = self.scale[:width].double(), self.offset[:width].double()
+        unit = (rows.double() - offset) / scale
+        return (unit * 2 - self.shift if self.shift else unit).float()
+
+    def denormalize(self, action: torch.Tensor) -> torch.Tensor:
+        """Model to robot, cut to the width of the statistics: [..., >= D] -> float32 [..., D].
+
+        ValueError for fewer channels than the statistics have.
+        """
+        width = self.width
         if action.shape[-1] < width:
             raise ValueError(f"action stats have {width} channels, actions {action.shape[-1]}")
         cut = action[..., :width].float()
@@ -45,22 +67,30 @@ def _vector(stats: dict[str, Any], key: str, name: str) -> torch.Tensor:
     if key not in stats:
         raise ValueError(f"action stats {name} lack {key!r}; they hold {sorted(stats)}")
     try:
+        check_numbers(stats[key], key)
         vector = torch.tensor(stats[key], dtype=torch.float32, device="cpu")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"action stats {name}: {key!r} is no list of numbers") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"action stats {name}: {key!r} is no list of numbers: {error}") from error
     if vector.ndim != 1 or not len(vector) or not bool(torch.isfinite(vector).all()):
         raise ValueError(f"action stats {name}: {key!r} must be a flat list of finite numbers")
     return vector
 
 
-def load_denormalize(path: str | os.PathLike[str], normalization: str) -> Denormalize:
-    """Denormalisation from a stats file: meanstd, minmax, quantile or quantile_rot.
+def check_normalization(normalization: str) -> None:
+    """ValueError for a name that is not in NORMALIZATIONS."""
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"action_normalization {normalization!r}; expected one of {list(NORMALIZATIONS)}"
+        )
+
+
+def load_stats(path: str | os.PathLike[str], normalization: str) -> ActionStats:
+    """Statistics from a file, for meanstd, minmax, quantile or quantile_rot.
 
     meanstd: x·std + mean with std >= 1e-8; the others (x+1)/2·range + low with range >= 1e-6.
     ValueError naming the file for an unknown normalisation, unreadable or incomplete stats.
     """
-    if normalization not in _BLOCKS:
-        raise ValueError(f"action_normalization {normalization!r}; expected one of {list(_BLOCKS)}")
+    check_normalization(normalization)
     name = repr(os.fspath(path))
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -74,5 +104,5 @@ def load_denormalize(path: str | os.PathLike[str], normalization: str) -> Denorm
     if a.shape != b.shape:
         raise ValueError(f"action stats {name}: {first} has {len(a)} values, {second} {len(b)}")
     if normalization == "meanstd":
-        return Denormalize(scale=b.clamp(min=1e-8), offset=a)
-    return Denormalize(scale=(b - a).clamp(min=1e-6), offset=a, shift=1.0)
+        return ActionStats(scale=b.clamp(min=1e-8), offset=a)
+    return ActionStats(scale=(b - a).clamp(min=1e-6), offset=a, shift=1.0)

@@ -25,7 +25,7 @@ def compose_droid_views(wrist: Any, exterior_1: Any, exterior_2: Any) -> torch.T
     """Wrist camera on top, exterior_1 and exterior_2 below it at half its size: uint8 [540,640,3].
 
     Each view is what `load_frames` takes (of a clip, the first frame). Exteriors are resized to
-    (wrist_h//2, wrist_w//2), the whole to 540x640 when it is not that already (MODEL.md 4).
+    (wrist_h//2, wrist_w//2), the whole to 540x640 when it is not that already (docs/model.md, 4).
     """
     top, left, right = (load_frames(view, 1)[0] for view in (wrist, exterior_1, exterior_2))
     height, width = int(top.shape[0]) // 2, int(top.shape[1]) // 2

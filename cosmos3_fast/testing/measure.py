@@ -95,13 +95,13 @@ def configured(
     config = replace(before.config, runtime=runtime)
     engine.args = replace(before, plugin_args=plugin, config=config)
     if graph is not None:
-        engine._forget()
+        engine._kept.clear()
     try:
         yield
     finally:
         engine.args = before
         if graph is not None:
-            engine._forget()
+            engine._kept.clear()
 
 
 def wait(device: torch.device) -> None:

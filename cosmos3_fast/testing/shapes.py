@@ -1,6 +1,6 @@
 """What the real model looks like: configs as JSON dicts, and every tensor's name and shape.
 
-The names and shapes follow from the configs alone (diffusers layout, MODEL.md 1, 3 and 7), so a
+The names and shapes follow from the configs alone (diffusers layout, docs/model.md, 1, 3, 7), so a
 checkpoint of any size can be written without the model's code.
 """
 

@@ -19,6 +19,8 @@ from cosmos3_fast.testing.shapes import (
 )
 from cosmos3_fast.testing.tokenizer import make_tokenizer
 
+MADE_BY = {"_made_by": "cosmos3_fast.testing.make_tiny_checkpoint"}  # in model_index.json
+
 
 def make_tiny_checkpoint(
     folder: str | Path,
@@ -36,12 +38,15 @@ def make_tiny_checkpoint(
 
     `heads` x 16 channels, `kv_heads` (fewer is grouped-query attention), `vae_dims`: widths of
     encoder and decoder. diffusers' `Cosmos3OmniPipeline.from_pretrained` loads it too. Equal
-    arguments give equal files.
+    arguments give equal files. ValueError for a folder that holds anything but an earlier tiny
+    checkpoint, which is written over.
     """
     if heads % kv_heads:
         raise ValueError(f"heads {heads} must be a multiple of kv_heads {kv_heads}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    _require_free(folder)
+    _write_json(folder / "model_index.json", MODEL_INDEX | MADE_BY)  # first: half of one is known
     make_tokenizer(folder / "text_tokenizer")
     transformer = NANO_TRANSFORMER | {
         "head_dim": 16,
@@ -61,7 +66,6 @@ def make_tiny_checkpoint(
         )
         _write_json(folder / name / "config.json", config)
     _write_json(folder / "scheduler" / "scheduler_config.json", NANO_SCHEDULER)
-    _write_json(folder / "model_index.json", MODEL_INDEX)
     return folder
 
 
@@ -78,6 +82,25 @@ def make_nano_folder(folder: str | Path) -> Path:
     _write_json(folder / "scheduler" / "scheduler_config.json", NANO_SCHEDULER)
     _write_json(folder / "model_index.json", MODEL_INDEX)
     return folder
+
+
+def _require_free(folder: Path) -> None:
+    """ValueError unless the folder is empty or its model_index.json is one of ours."""
+    index = folder / "model_index.json"
+    if not any(folder.iterdir()) or (index.is_file() and _made_here(index)):
+        return
+    raise ValueError(
+        f"{folder} must be empty or hold a tiny checkpoint, which is written over; "
+        "it holds other files"
+    )
+
+
+def _made_here(index: Path) -> bool:
+    try:
+        document = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError:
+        return False  # no JSON: somebody else's
+    return isinstance(document, dict) and MADE_BY.items() <= document.items()
 
 
 def _vocab_size(folder: Path) -> int:
