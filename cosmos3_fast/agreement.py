@@ -108,7 +108,8 @@ def agree(
 def _word(error: BaseException | str) -> str:
     if isinstance(error, str):
         return error or "unknown error"
-    return f"{error}" if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    text = str(error)
+    return text if text and type(error) is ValueError else f"{type(error).__name__}: {text}"
 
 
 def _differences(held: list[dict[str, str]]) -> str:

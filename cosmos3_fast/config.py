@@ -383,9 +383,9 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint folder {folder} does not exist")
         index = folder / "model_index.json"
         model_index = read_json(index) if index.is_file() else {}
-        if not model_index:
+        if not index.is_file():
             log.warning("%s is missing: taken as one that asks for no native schedule", index)
-        has_vae = any((folder / "vae").glob("*"))
+        has_vae = any((folder / "vae").glob("[!.]*"))
         return cls(
             folder=folder,
             transformer=TransformerConfig.from_dict(

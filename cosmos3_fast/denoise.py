@@ -112,6 +112,15 @@ def check_pictures(
         vae.check_size(layout.frames, layout.height, layout.width, decode=True)
 
 
+def idle_guidance(request: Cosmos3ActionRequest, plan: Plan) -> str:
+    """Why no step is guided though guidance was asked for; "" where that is not so."""
+    if request.guidance_scale == 1.0 or any(plan.guided):
+        return ""
+    first, last = plan.schedule.timesteps[0], plan.schedule.timesteps[-1]
+    interval = request.guidance_interval
+    return f"guidance_interval {interval} holds none of the timesteps {first} to {last}"
+
+
 def load(runner: StepRunner, plan: Plan, request: Cosmos3ActionRequest) -> None:
     """Copy a plan into a runner's buffers; prompts and state are set apart."""
     config, device = runner.model.config, runner.model.device

@@ -139,7 +139,7 @@ class Engine:
         (normalised latents) and, with decode_video, "pixels" float32 [1, 3, T, H, W] in [0, 1], on
         the engine's device. Raises ValueError for a request that cannot run (on every rank, before
         any compute), FloatingPointError when a result is not finite: nothing is returned then.
-        `on_step(i)` is called as step i is issued.
+        `on_step(i)` is called as step i is issued, in the engine's own modes (`own_modes`).
         """
         with self._alone():
             return self._step(request, on_step)
@@ -253,7 +253,8 @@ class Engine:
         except BaseException as error:
             self._fail(error)
             if self.mesh.meetings == meetings:  # the others wait for this rank in `require_in_time`
-                denoise.tell_failure(self.mesh, error)
+                with suppress(ConnectionError):  # the error itself says more
+                    denoise.tell_failure(self.mesh, error)
             raise
 
     def _fail(self, error: BaseException) -> None:
@@ -303,17 +304,13 @@ class Engine:
         """Once: guidance, or ranks for it, that do nothing."""
         if self._warned or any(plan.guided):
             return
-        idle = []
-        if request.guidance_scale != 1.0:
-            times = plan.schedule.timesteps
-            span = f"the timesteps {times[0]} to {times[-1]}"
-            idle.append(f"guidance_interval {request.guidance_interval} holds none of {span}")
+        idle = [denoise.idle_guidance(request, plan)]
         if self.mesh.cfg_size == 2:
             idle.append("with cfg_size 2 the second group adds nothing")
-        if idle:
+        if any(idle):
             self._warned = True
             if self.mesh.rank == 0:
-                log.warning("no step is guided: %s", "; ".join(idle))
+                log.warning("no step is guided: %s", "; ".join(filter(None, idle)))
 
     def _run(
         self,

@@ -52,35 +52,41 @@ class Channel:
         """`value` of every rank in rank order (JSON: tuples arrive as lists).
 
         Raises TimeoutError naming the ranks that did not come within `timeout` seconds (None: the
-        channel's), ConnectionError when the store is gone.
+        channel's) or had given up before, ConnectionError when the store is gone.
         """
         limit = self.timeout if timeout is None else timeout
         keys = [self._key(rank) for rank in range(self.size)]
         with self._connected():
-            self.store.set(keys[self.rank], json.dumps(value))
+            self.store.set(keys[self.rank], json.dumps([value]))
             self.store.set_timeout(_seconds(limit))
-            try:
-                values = self.store.multi_get(keys)
-            except dist.DistNetworkError:
-                raise
-            except dist.DistStoreError as error:
-                missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-                self.store.delete_key(keys[self.rank])  # who comes later must not go on alone
+            cards = self._cards(keys)
+            missing = [rank for rank, card in enumerate(cards) if not card]
+            if missing:
+                self.store.set(keys[self.rank], "[]")  # who comes later must not go on alone
                 raise TimeoutError(
                     f"rank {self.rank} waited {limit:g} s for {ranks_text(missing)} of {self.size}"
-                ) from error
+                )
             # Everybody who wrote this round has read the one before.
             self.store.delete_key(self._key(self.rank, -1))
         self.rounds += 1
-        return [json.loads(text) for text in values]
+        return [value for (value,) in cards]
 
     def tell(self, value: Any) -> None:
         """This rank's part of the next gather, which the others read when they come to it; this one
         goes on to the gather after. ConnectionError when the store is gone.
         """
         with self._connected():
-            self.store.set(self._key(self.rank), json.dumps(value))
+            self.store.set(self._key(self.rank), json.dumps([value]))
         self.rounds += 1
+
+    def _cards(self, keys: list[str]) -> list[list[Any]]:
+        """[value] of every rank, [] of one that has not come in time or has given up."""
+        try:
+            return [json.loads(text) for text in self.store.multi_get(keys)]
+        except dist.DistNetworkError:
+            raise
+        except dist.DistStoreError:  # too late: who is there
+            return [json.loads(self.store.get(k)) if self.store.check([k]) else [] for k in keys]
 
     def _key(self, rank: int, back: int = 0) -> str:
         return f"gather/{self.rounds + back}/{rank}"

@@ -139,7 +139,7 @@ def facts(args: EngineArgs, checkpoint: CheckpointConfig, with_tensors: bool) ->
         with open_checkpoint(checkpoint.folder / part) as tensors:
             ordered = sorted(tensors.items())
             listing = [[n, *t.shape, str(t.dtype)] for n, t in ordered]
-            some = [t for _, t in ordered[:: -(-len(ordered) // SAMPLED)]]
+            some = [t for _, t in ordered[:: max(1, -(-len(ordered) // SAMPLED))]]
             numbers = [t.read(tuple(slice(0, min(8, size)) for size in t.shape)) for t in some]
             found[f"{part} tensors"] = agreement.digest(listing)
             found[f"{part} numbers"] = agreement.digest(numbers)

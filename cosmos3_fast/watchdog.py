@@ -60,16 +60,16 @@ class Watchdog:
 
     A step here is one request of the engine, from the agreement on it to its result; its denoising
     steps are parts of it (`note`). `deadline`: seconds one step may take. `silence`: seconds
-    without a sign after which a rank counts as dead (None: 10, at most `deadline`). Construction
+    without a sign after which a rank counts as dead. Construction
     is a collective (a barrier on the host). One main thread uses `begin`, `end`, `step`; every end
     of the process happens in the judging thread, by os._exit(EXIT_STATUS) after a message on
     stderr.
     """
 
-    def __init__(self, mesh: Mesh, *, deadline: float = 30.0, silence: float | None = None) -> None:
+    def __init__(self, mesh: Mesh, *, deadline: float = 30.0, silence: float = 10.0) -> None:
         self.rank, self.size = mesh.rank, mesh.world_size
         self.deadline = deadline
-        self.silence = min(10.0, deadline) if silence is None else silence
+        self.silence = silence
         self.period = min(0.5, self.silence / 8)
         self._limit = deadline
         self._signs = [Sign() for _ in range(self.size)]
@@ -90,16 +90,13 @@ class Watchdog:
     def step(self, step: int, deadline: float | None = None) -> Iterator[None]:
         """A step that all ranks run: a deadline over the block (None: the constructor's).
 
-        Leaving by ValueError (which all ranks raise alike) ends the step. Any other error marks
-        this rank as failed and waits for a few signs of the others before it goes on: when a
-        collective broke because a rank died, the process ends here with that rank's name.
+        An error marks this rank as failed and waits for a few signs of the others before it goes
+        on: when a collective broke because a rank died, the process ends here with that rank's
+        name.
         """
         self.begin(step, deadline)
         try:
             yield
-        except ValueError:
-            self.end()
-            raise
         except BaseException as error:
             self._set(FAILED, step, f"{type(error).__name__}: {error}"[:300])
             self._await_signs()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import run_cases
 
-from cosmos3_fast.agreement import agree, digest, facts
+from cosmos3_fast.agreement import _word, agree, digest, facts
 from cosmos3_fast.config import ParallelConfig
 from cosmos3_fast.parallel import Mesh
 
@@ -139,6 +139,11 @@ def test_equal_values_have_equal_digests() -> None:
     assert digest(_request()) == digest(_request())
     assert digest((np.int64(4), np.float64(0.5))) == digest((4, 0.5))
     assert digest(range(3)) == digest([0, 1, 2]) == digest((0, 1, 2))
+
+
+@pytest.mark.parametrize("error", [ValueError(), KeyError(), "", ValueError("no")])
+def test_an_error_without_words_is_an_error(error) -> None:
+    assert _word(error) != ""
 
 
 def test_a_value_without_a_digest_is_refused() -> None:

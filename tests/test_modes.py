@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -108,10 +111,44 @@ def test_a_processor_prepares_alike(name):
 
 
 def test_precision_is_put_back_after_an_error():
-    products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    products = torch.backends.cuda.matmul, torch.backends.mkldnn.conv
     with precision("medium"):
         before = [one.fp32_precision for one in products]
         with pytest.raises(KeyError), own_modes(torch.device("cpu")):
             assert [one.fp32_precision for one in products] == ["ieee", "ieee"]
             raise KeyError
         assert [one.fp32_precision for one in products] == before
+
+
+def test_precision_is_put_back_by_the_last_of_calls_that_overlap():
+    cpu, setting = torch.device("cpu"), torch.backends.cuda.matmul
+    with precision("high"):
+        first, second = own_modes(cpu), own_modes(cpu)
+        first.__enter__()
+        thread = threading.Thread(target=second.__enter__)
+        thread.start()
+        thread.join()
+        first.__exit__(None, None, None)
+        assert setting.fp32_precision == "ieee"
+        thread = threading.Thread(target=second.__exit__, args=(None, None, None))
+        thread.start()
+        thread.join()
+        assert setting.fp32_precision == "tf32"
+
+
+def test_the_newer_setting_of_precision_does_not_matter_either():
+    """In a process of its own: it stays."""
+    code = """
+import torch
+from cosmos3_fast.modes import own_modes
+torch.backends.fp32_precision = "tf32"
+b = torch.backends
+def now():
+    return {x.fp32_precision for x in (b.cuda.matmul, b.cudnn.conv, b.mkldnn.matmul, b.mkldnn.conv)}
+assert now() == {"tf32"}, now()
+with own_modes(torch.device("cpu")):
+    assert now() == {"ieee"}, now()
+assert now() == {"tf32"}, now()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -38,7 +38,7 @@ SCENARIOS = {
 def case_steps() -> None:
     what, victim = argument("what"), argument("victim")
     mesh = Mesh.create(ParallelConfig(3, 1, 3), "cpu", timeout=60)
-    watchdog = Watchdog(mesh, deadline=DEADLINE)
+    watchdog = Watchdog(mesh, deadline=DEADLINE, silence=DEADLINE)
     x = torch.ones(8)
     for step in range(100_000):
         if step == 21:
@@ -60,7 +60,7 @@ def case_steps() -> None:
 def case_well() -> dict[str, object]:
     """Alike errors, a slow rank within a longer deadline, ranks that close at different times."""
     mesh = Mesh.create(ParallelConfig(2, 1, 2), "cpu", timeout=60)
-    watchdog = Watchdog(mesh, deadline=1.0)
+    watchdog = Watchdog(mesh, deadline=1.0, silence=1.0)
     errors = []
     for error in (ValueError("refused"), FloatingPointError("not finite")):
         try:
@@ -141,7 +141,7 @@ def test_nothing_happens_while_all_is_well() -> None:
 
 
 def test_one_rank_has_no_watchdog_threads() -> None:
-    watchdog = Watchdog(Mesh.single("cpu"), deadline=0.01)
+    watchdog = Watchdog(Mesh.single("cpu"), deadline=0.01, silence=0.01)
     with watchdog.step(0):
         time.sleep(0.05)
     watchdog.note("nothing")

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import torch.distributed as dist
 
@@ -28,14 +27,14 @@ def interruptible(words: str) -> Iterator[None]:
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, lambda _, frame: _interrupt(words, frame))
+    signal.signal(signal.SIGINT, lambda *_: _interrupt(words))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _interrupt(words: str, _: FrameType | None) -> None:
+def _interrupt(words: str) -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     if dist.is_torchelastic_launched():
         os.write(2, f"{words}\n".encode())  # sys.stderr may be in use beneath this handler

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 from cosmos3_fast.cli.flags import KARRAS, Settings
-from cosmos3_fast.sampler import Schedule, guided_steps, resolve_schedule
+from cosmos3_fast.sampler import Schedule, resolve_schedule
 
 log = logging.getLogger(__name__)
 Idle = Callable[[Settings, Schedule], bool]
@@ -20,17 +18,6 @@ def _forward(asked: Settings) -> bool:
 
 def _guided(asked: Settings) -> bool:
     return bool(asked.values["guidance_scale"] != 1)
-
-
-def _missed(asked: Settings, schedule: Schedule) -> bool:
-    """Whether the interval holds no timestep. In `run` the engine itself says so."""
-    described = asked.args.command == "info" and _guided(asked)
-    return described and not any(guided_steps(schedule.timesteps, asked.guidance_interval))
-
-
-def _one_chunk(asked: Settings) -> bool:
-    """Whether --action-file, which has been read, holds no chunks to choose from."""
-    return "action_chunks" not in json.loads(Path(asked.args.action_file).read_text("utf-8"))
 
 
 def _overruled(asked: Settings) -> bool:
@@ -56,19 +43,9 @@ TABLE: tuple[tuple[tuple[str, ...], Idle, str], ...] = (
         "no effect, --mode {mode} reads no actions",
     ),
     (
-        ("action_chunk_index",),
-        lambda asked, _: _forward(asked) and _one_chunk(asked),
-        "no effect, the file of --action-file holds no action_chunks",
-    ),
-    (
         ("negative_prompt", "guidance_interval"),
         lambda asked, _: not _guided(asked),
         "no effect, nothing is guided at --guidance-scale 1",
-    ),
-    (
-        ("guidance_interval",),
-        _missed,
-        "no step is guided, none of the timesteps {first} to {last} lies in {guidance_interval}",
     ),
     (
         ("no_prompt_metadata",),
@@ -107,12 +84,7 @@ def warn_of_idle_flags(asked: Settings, schedule: Schedule) -> None:
     """Log a line for each row of the table that applies. The request has been checked, its files
     have been read.
     """
-    words = asked.values | {
-        "mode": asked.args.mode,
-        "guidance_interval": asked.args.guidance_interval,
-        "first": schedule.timesteps[0],
-        "last": schedule.timesteps[-1],
-    }
+    words = asked.values | {"mode": asked.args.mode}
     for names, idle, why in TABLE:
         flags = [f"--{name.replace('_', '-')}" for name in names if asked.given(name)]
         if flags and idle(asked, schedule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from typing import Any
 
@@ -25,6 +26,8 @@ from cosmos3_fast.model import Cosmos3Transformer, parameter_bytes
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.processor import DROID
 from cosmos3_fast.vae import WanVAE
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +62,8 @@ def main(args: argparse.Namespace) -> None:
     )
     plan = denoise.plan(request, config, schedule)
     warn_of_idle_flags(settings, schedule)
+    if idle := denoise.idle_guidance(request, plan):
+        log.warning("no step is guided: %s", idle)
     canvas = "x".join(str(side) for side in processed.pixel_values.shape[3:])
     depth, rows, cols = plan.layout.grid
     facts = {

@@ -10,7 +10,6 @@ import argparse
 import torch
 from tqdm import tqdm
 
-from cosmos3_fast.checks import check
 from cosmos3_fast.cli.flags import (
     Settings,
     add_device_flags,
@@ -78,8 +77,6 @@ def _answer(settings: Settings, engine: Engine) -> None:
         processor, request = _request(settings, engine.device)
         if not args.no_video:
             video_rate(request.fps)
-        if main_rank:
-            _warn(settings, engine, request)
     except (ValueError, ImportError, OSError) as error:
         engine.refuse(ValueError(str(error)))
     if args.warmup:
@@ -92,6 +89,10 @@ def _answer(settings: Settings, engine: Engine) -> None:
         if main_rank:
             _finish(settings, engine, processor.postprocess(result))
 
+    if main_rank:
+        plugin, scheduler = engine.args.plugin_args, engine.checkpoint.scheduler
+        schedule = schedule_of(plugin, scheduler, request.num_inference_steps)
+        warn_of_idle_flags(settings, schedule)
     engine.together(finish)  # all ranks end alike where rank 0 cannot write
 
 
@@ -112,14 +113,6 @@ def _check_flags(args: argparse.Namespace) -> None:
         )
 
 
-def _warn(settings: Settings, engine: Engine, request: Cosmos3ActionRequest) -> None:
-    """Say which flags change nothing, before the work; a bad request is refused first."""
-    checkpoint = engine.checkpoint
-    check(request, checkpoint.transformer, has_encoder=engine.vae is not None)
-    plugin, steps = engine.args.plugin_args, request.num_inference_steps
-    warn_of_idle_flags(settings, schedule_of(plugin, checkpoint.scheduler, steps))
-
-
 def _request(
     settings: Settings, device: torch.device
 ) -> tuple[Cosmos3PolicyProcessor, Cosmos3ActionRequest]:
@@ -128,7 +121,7 @@ def _request(
     inputs = {"task": args.prompt}
     if args.mode == "forward_dynamics":
         with named("--action-file"):
-            rows = read_actions(args.action_file, args.action_chunk_index or 0)
+            rows = read_actions(args.action_file, args.action_chunk_index)
             inputs["cond_action"] = rows if droid is None else droid.encode_action(rows)
     clean_action = None
     if droid is not None:

@@ -118,30 +118,26 @@ class ActionPad:
         return padded
 
 
-def parse_actions(document: Any, index: int = 0, name: str = "action file") -> torch.Tensor:
+def parse_actions(
+    document: Any, index: int | None = None, name: str = "action file"
+) -> torch.Tensor:
     """float32 [T,D] from one of the JSON forms (already parsed).
 
-    `{"shape", "dtype", "data"}`, `{"action_chunks": [...]}` (the chunk at `index`) or a bare
-    `[T][D]` list. ValueError when the form, the shape or a value is wrong.
+    `{"shape", "dtype", "data"}`, `{"action_chunks": [...]}` (the chunk at `index`, None: the first)
+    or a bare `[T][D]` list. ValueError when the form, the shape or a value is wrong.
     """
     if isinstance(document, dict) and "action_chunks" in document:
-        chunks = document["action_chunks"]
+        chunks, index = document["action_chunks"], 0 if index is None else index
         if not isinstance(chunks, list) or not 0 <= index < len(chunks):
             held = len(chunks) if isinstance(chunks, list) else type(chunks).__name__
             raise ValueError(f"{name}: action chunk {index} asked for, action_chunks holds {held}")
-        return parse_actions(chunks[index], 0, f"{name}: action_chunks[{index}]")
+        return parse_actions(chunks[index], None, f"{name}: action_chunks[{index}]")
+    if index is not None:
+        logger.warning("%s holds no action_chunks: chunk %d of what it holds is all", name, index)
     if isinstance(document, dict) and "data" in document:
         rows = action_rows(document["data"], name)
         shape = document.get("shape", list(rows.shape))
-        if (
-            not isinstance(shape, list)
-            or shape[-2:] != list(rows.shape)
-            or shape[:-2]
-            not in (
-                [],
-                [1],
-            )
-        ):
+        if shape not in ([*rows.shape], [1, *rows.shape]):
             raise ValueError(f"{name}: shape says {shape}, data has {list(rows.shape)}")
         return rows
     if isinstance(document, list):
@@ -152,7 +148,7 @@ def parse_actions(document: Any, index: int = 0, name: str = "action file") -> t
     )
 
 
-def read_actions(path: str | os.PathLike[str], index: int = 0) -> torch.Tensor:
+def read_actions(path: str | os.PathLike[str], index: int | None = None) -> torch.Tensor:
     """float32 [T,D] from a file in any of `parse_actions`' forms. ValueError names the file."""
     name = os.fspath(path)
     try:

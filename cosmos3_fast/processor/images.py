@@ -27,7 +27,8 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it
 def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
     """One image file, upright by its EXIF orientation, as RGB uint8 [H,W,3].
 
-    ValueError naming the file when it cannot be read or has more than 8 bits a channel.
+    ValueError naming the file when it cannot be read, and for grey of more than 8 bits or floats
+    (PIL itself reduces colours of 16 bits).
     """
     try:
         with Image.open(path) as image:

@@ -14,6 +14,7 @@ from torch import nn
 from cosmos3_fast import ops
 from cosmos3_fast.checkpoint import Slot
 from cosmos3_fast.config import VAEConfig
+from cosmos3_fast.modes import exact_products
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.parallel_edges import EdgePool
 from cosmos3_fast.vae.blocks import Place, PointConv
@@ -256,7 +257,11 @@ def _cudnn(device: torch.device, *, search: bool) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with torch.backends.cudnn.flags(
-        enabled=True, benchmark=search, deterministic=True, allow_tf32=False
-    ):
-        yield
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
+    with exact_products:
+        try:
+            cudnn.enabled, cudnn.benchmark, cudnn.deterministic = True, search, True
+            yield
+        finally:
+            cudnn.enabled, cudnn.benchmark, cudnn.deterministic = before
