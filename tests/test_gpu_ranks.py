@@ -123,7 +123,7 @@ SCENARIOS = {
         "SIGSTOP of rank 1": ("stop", 1, (1, 4), "no sign of rank 1 for "),
     },
 }
-SIGN_S = 0.6  # longer than between two signs of a rank; the request takes 2.3 s
+SIGN_S = 1.0  # longer than a sign takes to be written and read; the request takes 2.3 s
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
