@@ -19,24 +19,7 @@ from cosmos3_fast.processor import (
 )
 from cosmos3_fast.processor.canvas import Canvas
 from cosmos3_fast.request import Cosmos3ActionRequest, pixel_to_latent_shape
-from cosmos3_fast.testing.tokenizer import make_tokenizer
 from cosmos3_fast.tokenizer import PromptTokenizer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text_tokenizer")
-    make_tokenizer(path)
-    return path
-
-
-@pytest.fixture
-def build(folder):
-    def make(**changes):
-        arguments = {"tokenizer_name_or_path": folder, "image_size": 256, "domain_name": "umi"}
-        return Cosmos3PolicyProcessor(**{**arguments, "params_dtype": torch.float32, **changes})
-
-    return make
 
 
 def picture(height=64, width=80, seed=0):
@@ -51,12 +34,12 @@ def observe(**changes):
     return {"images": picture(), "task": "Pick up the cup", **changes}
 
 
-def test_every_field_of_the_seed_examples_request(folder, tmp_path):
+def test_every_field_of_the_seed_examples_request(tokenizer_folder, tmp_path):
     """The example's own arguments, an image file, and its Cosmos3ActionRequest call."""
     image = picture(360, 640)
     Image.fromarray(image).save(tmp_path / "observation.png")
     processor = Cosmos3PolicyProcessor(
-        tokenizer_name_or_path=str(folder),
+        tokenizer_name_or_path=str(tokenizer_folder),
         height=480,
         width=832,
         num_frames=17,
@@ -80,7 +63,7 @@ def test_every_field_of_the_seed_examples_request(folder, tmp_path):
         'up the cup."}], "duration": "0s", "fps": 24.0, "resolution": {"H": 480, "W": 832}, '
         '"aspect_ratio": "16,9"}'
     )
-    encode = PromptTokenizer(folder).encode
+    encode = PromptTokenizer(tokenizer_folder).encode
     assert processed.caption == caption
     assert processed.text_ids.tolist() == [encode(caption)]
     assert processed.neg_text_ids.tolist() == [encode("")]
@@ -102,8 +85,8 @@ def test_every_field_of_the_seed_examples_request(folder, tmp_path):
     assert {f.name for f in dataclasses.fields(processed)} - names == {"pixel_values", "caption"}
 
 
-def test_defaults_are_phyais_except_the_frames(folder):
-    processor = Cosmos3PolicyProcessor(tokenizer_name_or_path=folder)
+def test_defaults_are_phyais_except_the_frames(tokenizer_folder):
+    processor = Cosmos3PolicyProcessor(tokenizer_name_or_path=tokenizer_folder)
     processed = processor.preprocess(observe())
     assert isinstance(processed, Cosmos3PolicyProcessedInputs)
     assert processed.pixel_values.shape == (1, 3, 1, 480, 832)
@@ -118,10 +101,10 @@ def test_defaults_are_phyais_except_the_frames(folder):
     )
 
 
-def test_the_droid_recipe(folder):
+def test_the_droid_recipe(tokenizer_folder):
     droid = DROID()
     processor = Cosmos3PolicyProcessor(
-        tokenizer_name_or_path=folder, prompt_format="json", **droid.processor_arguments()
+        tokenizer_name_or_path=tokenizer_folder, prompt_format="json", **droid.processor_arguments()
     )
     views = compose_droid_views(picture(360, 640), picture(360, 640, 1), picture(360, 640, 2))
     processed = processor.preprocess({"images": views, "task": "put the block in the bowl"})
@@ -149,8 +132,8 @@ KEPT = {
 
 
 @pytest.mark.parametrize(("mode", "indexes", "given", "kept"), KEPT.values(), ids=KEPT)
-def test_only_the_frames_that_clean_latents_need_are_kept(build, mode, indexes, given, kept):
-    processor = build(mode=mode, cond_frame_indexes=indexes, action_chunk_size=8)
+def test_only_the_frames_that_clean_latents_need_are_kept(processor_of, mode, indexes, given, kept):
+    processor = processor_of(mode=mode, cond_frame_indexes=indexes, action_chunk_size=8)
     frames = clip(given)
     processed = processor.preprocess(observe(images=frames, cond_action=[[0.5] * 10]))
     whole, content = Canvas(0, 0, 256)(torch.from_numpy(np.stack([frames[k] for k in kept])))
@@ -165,33 +148,35 @@ def test_only_the_frames_that_clean_latents_need_are_kept(build, mode, indexes, 
     ("num_frames", "frames", "logged"),
     [(None, 33, False), (33, 33, False), (17, 33, True), (1, 1, False)],
 )
-def test_the_video_spans_the_chunk_and_one(build, caplog, num_frames, frames, logged):
+def test_the_video_spans_the_chunk_and_one(processor_of, caplog, num_frames, frames, logged):
     with caplog.at_level(logging.INFO):
-        processor = build(num_frames=num_frames, action_chunk_size=32, prompt_format="json")
+        processor = processor_of(num_frames=num_frames, action_chunk_size=32, prompt_format="json")
     assert ("num_frames 17 is ignored" in caplog.text and "33 frames" in caplog.text) == logged
     processed = processor.preprocess(observe())
     assert processed.video_shape[0] == frames
     assert json.loads(processed.caption)["duration"] == "1s", "captions always speak of chunk + 1"
 
 
-def test_one_frame_inverse_dynamics_keeps_one_frame(build):
-    processed = build(num_frames=1, mode="inverse_dynamics").preprocess(observe(images=clip(5)))
+def test_one_frame_inverse_dynamics_keeps_one_frame(processor_of):
+    processed = processor_of(num_frames=1, mode="inverse_dynamics").preprocess(
+        observe(images=clip(5))
+    )
     assert processed.pixel_values.shape[2] == 1
     assert pixel_to_latent_shape(*processed.video_shape)[0] == 1
 
 
 @pytest.mark.parametrize("size", [(5, 300), (300, 5), (17, 33), (15, 15)], ids=str)
-def test_the_cropped_latent_never_exceeds_the_canvas(build, size):
-    processed = build().preprocess(observe(images=picture(*size)))
+def test_the_cropped_latent_never_exceeds_the_canvas(processor_of, size):
+    processed = processor_of().preprocess(observe(images=picture(*size)))
     _, h, w = pixel_to_latent_shape(*processed.video_shape)
     height, width = processed.pixel_values.shape[3:]
     assert 1 <= h <= height // 16 and 1 <= w <= width // 16
 
 
 @pytest.mark.parametrize("key", ["cond_action", "action"])
-def test_forward_dynamics_actions(build, key):
+def test_forward_dynamics_actions(processor_of, key):
     rows = torch.arange(30.0).reshape(3, 10)
-    processed = build(mode="forward_dynamics", action_chunk_size=4).preprocess(
+    processed = processor_of(mode="forward_dynamics", action_chunk_size=4).preprocess(
         observe(**{key: rows})
     )
     assert processed.cond_action.shape == (1, 4, 64)
@@ -200,13 +185,13 @@ def test_forward_dynamics_actions(build, key):
     assert not processed.cond_action[..., 10:].any()
 
 
-def test_actions_in_other_modes_are_ignored_with_a_log_line(build, caplog):
-    assert build().preprocess(observe(cond_action=[[1.0] * 10])).cond_action is None
+def test_actions_in_other_modes_are_ignored_with_a_log_line(processor_of, caplog):
+    assert processor_of().preprocess(observe(cond_action=[[1.0] * 10])).cond_action is None
     assert "mode policy does not use cond_action" in caplog.text
 
 
-def test_one_call_may_change_domain_and_mode(build):
-    processor = build(action_chunk_size=4)
+def test_one_call_may_change_domain_and_mode(processor_of):
+    processor = processor_of(action_chunk_size=4)
     changed = processor.preprocess(
         observe(domain_name="av", mode="forward_dynamics", cond_action=[[1.0] * 9])
     )
@@ -217,8 +202,8 @@ def test_one_call_may_change_domain_and_mode(build):
     assert (again.domain_id, again.raw_action_dim, again.mode) == (6, 10, "policy")
 
 
-def test_prompt_is_a_synonym_of_task_and_the_negative_prompt_stays_bare(build):
-    processor = build(negative_prompt="blurry")
+def test_prompt_is_a_synonym_of_task_and_the_negative_prompt_stays_bare(processor_of):
+    processor = processor_of(negative_prompt="blurry")
     by_prompt = processor.preprocess({"images": picture(), "prompt": "Pick up the cup"})
     by_list = processor.preprocess(observe(task=["Pick up the cup"]))
     assert by_prompt.caption == by_list.caption
@@ -226,8 +211,8 @@ def test_prompt_is_a_synonym_of_task_and_the_negative_prompt_stays_bare(build):
     assert by_prompt.neg_text_ids.tolist() == [processor.tokenizer.encode("blurry")]
 
 
-def test_typed_control_tokens_change_no_other_token(build):
-    processor = build(append_metadata=False)
+def test_typed_control_tokens_change_no_other_token(processor_of):
+    processor = processor_of(append_metadata=False)
     typed = processor.preprocess(observe(task="<|im_end|><|vision_start|>")).text_ids[0].tolist()
     control = set(range(582, 600))
     assert [i for i in typed if i in control] == [
@@ -235,18 +220,18 @@ def test_typed_control_tokens_change_no_other_token(build):
     ]
 
 
-def test_two_calls_give_the_same_bits(build):
-    processor = build(cond_frame_indexes=(0, 1))
+def test_two_calls_give_the_same_bits(processor_of):
+    processor = processor_of(cond_frame_indexes=(0, 1))
     first, other = (processor.preprocess(observe(images=clip(5, 300, 400))) for _ in range(2))
     assert torch.equal(first.pixel_values, other.pixel_values)
     assert torch.equal(first.text_ids, other.text_ids)
 
 
-def test_postprocess_keeps_the_results_own_width_and_passes_the_video_through(build):
+def test_postprocess_keeps_the_results_own_width_and_passes_the_video_through(processor_of):
     """The engine's actions are as wide as their request asked, not as this processor's domain."""
     action = torch.arange(2.0 * 29).reshape(1, 2, 29)
     result = {"action": action, "video": torch.ones(1, 48, 1, 2, 2), "pixels": torch.zeros(1)}
-    processor = build()
+    processor = processor_of()
     assert processor.raw_action_dim == 10
     output = processor.postprocess({**result, "timings": {}})
     assert sorted(output) == ["action", "pixels", "video"]
@@ -256,18 +241,20 @@ def test_postprocess_keeps_the_results_own_width_and_passes_the_video_through(bu
     assert processor.postprocess({"video": action}).keys() == {"video"}
 
 
-def test_postprocess_cuts_padded_actions_to_the_width_it_is_told(build):
+def test_postprocess_cuts_padded_actions_to_the_width_it_is_told(processor_of):
     action = torch.arange(128.0).reshape(1, 2, 64)
-    assert torch.equal(build().postprocess(action, raw_action_dim=10)["action"], action[..., :10])
+    assert torch.equal(
+        processor_of().postprocess(action, raw_action_dim=10)["action"], action[..., :10]
+    )
     for width in (0, 65):
         with pytest.raises(ValueError, match=rf"an integer in \[1, 64\], .* got {width}"):
-            build().postprocess(action, raw_action_dim=width)
+            processor_of().postprocess(action, raw_action_dim=width)
 
 
-def test_postprocess_returns_the_robots_units(build, tmp_path):
+def test_postprocess_returns_the_robots_units(processor_of, tmp_path):
     path = tmp_path / "stats.json"
     path.write_text(json.dumps({"global": {"mean": [1.0, 2.0], "std": [2.0, 4.0]}}))
-    processor = build(action_stats_path=path, action_normalization="meanstd")
+    processor = processor_of(action_stats_path=path, action_normalization="meanstd")
     action = torch.full((1, 2, 10), 0.5, dtype=torch.bfloat16)
     output = processor.postprocess({"action": action})["action"]
     assert output.dtype == torch.float32
@@ -275,15 +262,15 @@ def test_postprocess_returns_the_robots_units(build, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_postprocess_refuses_actions_that_are_not_finite(build, value):
+def test_postprocess_refuses_actions_that_are_not_finite(processor_of, value):
     action = torch.zeros(1, 2, 10)
     action[0, 1, 9] = value
     with pytest.raises(ValueError, match="not finite"):
-        build().postprocess({"action": action})
+        processor_of().postprocess({"action": action})
 
 
-def test_numpy_integers_are_integers(build):
-    processor = build(raw_action_dim=np.int64(10), cond_frame_indexes=np.array([0, 1]))
+def test_numpy_integers_are_integers(processor_of):
+    processor = processor_of(raw_action_dim=np.int64(10), cond_frame_indexes=np.array([0, 1]))
     assert (processor.raw_action_dim, processor.cond_frame_indexes) == (10, (0, 1))
     assert processor.preprocess(observe(domain_id=np.int32(8))).domain_id == 8
 
@@ -317,9 +304,9 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
-def test_bad_arguments_are_refused(build, changes, message):
+def test_bad_arguments_are_refused(processor_of, changes, message):
     with pytest.raises(ValueError, match=message):
-        build(**changes)
+        processor_of(**changes)
 
 
 NAN = float("nan")
@@ -352,8 +339,8 @@ BAD_INPUTS = {
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
-def test_bad_inputs_are_refused_and_leave_the_processor_usable(build, changes, message):
-    processor = build()
+def test_bad_inputs_are_refused_and_leave_the_processor_usable(processor_of, changes, message):
+    processor = processor_of()
     before = processor.preprocess(observe())
     with pytest.raises(ValueError, match=message):
         processor.preprocess(observe(**changes))

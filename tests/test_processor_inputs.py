@@ -12,25 +12,8 @@ from PIL import Image
 
 from cosmos3_fast.processor import Cosmos3PolicyProcessor
 from cosmos3_fast.processor.arguments import ARGUMENTS
-from cosmos3_fast.testing.tokenizer import make_tokenizer
 
 av = pytest.importorskip("av")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text_tokenizer")
-    make_tokenizer(path)
-    return path
-
-
-@pytest.fixture
-def build(folder):
-    def make(**changes):
-        arguments = {"tokenizer_name_or_path": folder, "image_size": 256, "domain_name": "umi"}
-        return Cosmos3PolicyProcessor(**{**arguments, "params_dtype": torch.float32, **changes})
-
-    return make
 
 
 def clip(count, height=64, width=80):
@@ -71,10 +54,10 @@ BAD_TYPES = {
 
 
 @pytest.mark.parametrize("name", BAD_TYPES)
-def test_an_argument_of_another_type_is_named_with_its_type(build, name):
+def test_an_argument_of_another_type_is_named_with_its_type(processor_of, name):
     value, message = BAD_TYPES[name]
     with pytest.raises(ValueError) as caught:
-        build(**{name: value})
+        processor_of(**{name: value})
     assert str(caught.value) == f"{name} must be {message}"
 
 
@@ -106,9 +89,9 @@ MORE = {
 
 
 @pytest.mark.parametrize(("changes", "message"), MORE.values(), ids=MORE)
-def test_bad_types_are_refused(build, changes, message):
+def test_bad_types_are_refused(processor_of, changes, message):
     with pytest.raises(ValueError, match=message):
-        build(**changes)
+        processor_of(**changes)
 
 
 def test_no_argument_is_left_unchecked():
@@ -119,15 +102,15 @@ def test_no_argument_is_left_unchecked():
     assert set(BAD_TYPES) == set(ARGUMENTS)
 
 
-def test_numpys_numbers_and_every_form_of_a_path_are_taken(build, folder):
-    build(
-        tokenizer_name_or_path=str(folder), height=np.int64(64), width=np.int32(96),
+def test_numpys_numbers_and_every_form_of_a_path_are_taken(processor_of, tokenizer_folder):
+    processor_of(
+        tokenizer_name_or_path=str(tokenizer_folder), height=np.int64(64), width=np.int32(96),
         image_size=None, action_chunk_size=np.int64(4), num_frames=np.int64(5),
         fps=np.float32(15), action_dim=np.int16(64), append_metadata=np.True_,
         device=torch.device("cpu"), params_dtype=torch.float16, allow_width=False,
     )  # fmt: skip
-    assert build(image_size=np.int64(256), fps=15).fps == 15.0
-    assert isinstance(build().tokenizer.path, str)
+    assert processor_of(image_size=np.int64(256), fps=15).fps == 15.0
+    assert isinstance(processor_of().tokenizer.path, str)
 
 
 def write_video(path, count):
@@ -153,9 +136,9 @@ SURPLUS = {
 @pytest.mark.parametrize(("mode", "indexes", "given", "read"), SURPLUS.values(), ids=SURPLUS)
 @pytest.mark.parametrize("form", ["list", "array", "tensor", "video"])
 def test_frames_that_are_left_over_are_said(
-    build, caplog, tmp_path, form, mode, indexes, given, read
+    processor_of, caplog, tmp_path, form, mode, indexes, given, read
 ):
-    processor = build(mode=mode, cond_frame_indexes=indexes, action_chunk_size=8)
+    processor = processor_of(mode=mode, cond_frame_indexes=indexes, action_chunk_size=8)
     frames = clip(given)
     images = {
         "list": lambda: frames,
@@ -173,17 +156,17 @@ def test_frames_that_are_left_over_are_said(
 
 
 @pytest.mark.parametrize("form", ["list", "video"])
-def test_as_many_frames_as_are_read_are_not_worth_a_word(build, caplog, tmp_path, form):
-    processor = build(mode="inverse_dynamics", action_chunk_size=8)
+def test_as_many_frames_as_are_read_are_not_worth_a_word(processor_of, caplog, tmp_path, form):
+    processor = processor_of(mode="inverse_dynamics", action_chunk_size=8)
     images = clip(9) if form == "list" else write_video(tmp_path / "clip.mp4", 9)
     processor.preprocess(observe(images=images))
     assert said(caplog) == []
 
 
 @pytest.mark.parametrize("mode", ["policy", "forward_dynamics", "inverse_dynamics"])
-def test_frames_of_another_size_are_refused_also_where_they_would_not_be_read(build, mode):
+def test_frames_of_another_size_are_refused_also_where_they_would_not_be_read(processor_of, mode):
     images = [*clip(9), *clip(1, 32, 48)]
-    processor = build(mode=mode, action_chunk_size=8)
+    processor = processor_of(mode=mode, action_chunk_size=8)
     with pytest.raises(ValueError, match=r"one size, got \(H, W\) \[\(32, 48\), \(64, 80\)\]"):
         processor.preprocess(observe(images=images, cond_action=[[0.5] * 10] * 8))
 
@@ -196,24 +179,24 @@ def test_frames_of_another_size_are_refused_also_where_they_would_not_be_read(bu
         (9, "cond_action has 9 rows; the first 8 are used"),
     ],
 )
-def test_rows_that_do_not_fit_the_chunk_are_said(build, caplog, count, warning):
-    processor = build(mode="forward_dynamics", action_chunk_size=8)
+def test_rows_that_do_not_fit_the_chunk_are_said(processor_of, caplog, count, warning):
+    processor = processor_of(mode="forward_dynamics", action_chunk_size=8)
     processor.preprocess(observe(cond_action=[[0.5] * 10] * count))
     assert said(caplog) == ([] if warning is None else [warning])
 
 
-def test_a_domain_may_be_an_id_in_text(build):
-    processor = build(domain_name="7", raw_action_dim=12)
+def test_a_domain_may_be_an_id_in_text(processor_of):
+    processor = processor_of(domain_name="7", raw_action_dim=12)
     processed = processor.preprocess(observe())
     assert (processed.domain_id, processed.raw_action_dim) == (7, 12)
     assert processor.preprocess(observe(domain_id="8")).domain_id == 8
 
 
-def test_a_picture_file_of_16_bits_is_named(build, tmp_path):
+def test_a_picture_file_of_16_bits_is_named(processor_of, tmp_path):
     path = tmp_path / "depth.png"
     Image.fromarray(np.full((64, 80), 40000, np.uint16)).save(path)
     with pytest.raises(ValueError, match=r"depth\.png': image mode 'I;16' has more than 8 bits"):
-        build().preprocess(observe(images=Path(path)))
+        processor_of().preprocess(observe(images=Path(path)))
 
 
 BAD_RESULTS = {
@@ -228,18 +211,18 @@ BAD_RESULTS = {
 
 
 @pytest.mark.parametrize(("output", "message"), BAD_RESULTS.values(), ids=BAD_RESULTS)
-def test_what_is_no_result_is_refused(build, output, message):
+def test_what_is_no_result_is_refused(processor_of, output, message):
     with pytest.raises(ValueError, match=message):
-        build().postprocess(output)
+        processor_of().postprocess(output)
 
 
 @pytest.mark.parametrize("width", ["10", 10.0, True])
-def test_a_width_that_is_no_integer_is_refused(build, width):
+def test_a_width_that_is_no_integer_is_refused(processor_of, width):
     with pytest.raises(ValueError, match=r"must be an integer in \[1, 64\], .* got "):
-        build().postprocess(torch.zeros(1, 4, 64), raw_action_dim=width)
+        processor_of().postprocess(torch.zeros(1, 4, 64), raw_action_dim=width)
 
 
 @pytest.mark.parametrize("inputs", [None, np.zeros((64, 80, 3), np.uint8), "a.png"])
-def test_inputs_that_are_no_mapping_are_refused(build, inputs):
+def test_inputs_that_are_no_mapping_are_refused(processor_of, inputs):
     with pytest.raises(ValueError, match="needs a mapping of inputs, got "):
-        build().preprocess(inputs)
+        processor_of().preprocess(inputs)

@@ -10,7 +10,6 @@ import torch
 
 from cosmos3_fast.processor import Cosmos3PolicyProcessor
 from cosmos3_fast.processor.stats import load_stats
-from cosmos3_fast.testing.tokenizer import make_tokenizer
 
 NAN = float("nan")
 
@@ -124,20 +123,13 @@ def test_actions_of_another_width_than_the_stats_are_refused(tmp_path):
         stats.normalize(torch.zeros(4, 3))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text_tokenizer")
-    make_tokenizer(path)
-    return path
-
-
 @pytest.fixture
-def build(folder, tmp_path):
+def build(tokenizer_folder, tmp_path):
     """A forward_dynamics processor of domain 7, 10 wide, with the statistics of `document`."""
 
     def make(document, **changes):
         arguments = {
-            "tokenizer_name_or_path": folder,
+            "tokenizer_name_or_path": tokenizer_folder,
             "image_size": 256,
             "mode": "forward_dynamics",
             "domain_name": 7,
