@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,8 @@ from cosmos3_fast.request import (
     prompt_ids,
 )
 from cosmos3_fast.vae import WanVAE
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,9 @@ def load(runner: StepRunner, plan: Plan, request: Cosmos3ActionRequest) -> None:
             partial(media_positions, plan.layout, len(ids), request.fps, config, device),
         )
     table = sampler.coefficients(plan.schedule.sigmas, request.guidance_scale, guided=plan.guided)
-    runner.set_schedule(plan.schedule.timesteps, torch.from_numpy(table))
+    if runner.set_schedule(plan.schedule.timesteps, torch.from_numpy(table)):
+        sigmas = " ".join(f"{sigma:.6g}" for sigma in plan.schedule.sigmas)
+        log.info("%s schedule, sigmas %s", plan.schedule.name, sigmas)
 
 
 def denoise(

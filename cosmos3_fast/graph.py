@@ -182,12 +182,14 @@ class StepRunner:
         self.coef = torch.zeros(key.steps, len(COEF), **wide)
         self.inputs = _inputs(key, layout, model, self.model_in)
 
-    def once(self, name: str, key: Hashable, fill: Callable[[], None]) -> None:
-        """Fill a buffer unless it already holds `key`'s data."""
-        if self._loaded.get(name) != key:
-            self._loaded.pop(name, None)
-            fill()
-            self._loaded[name] = key
+    def once(self, name: str, key: Hashable, fill: Callable[[], None]) -> bool:
+        """Fill a buffer unless it already holds `key`'s data; True if it did not."""
+        if self._loaded.get(name) == key:
+            return False
+        self._loaded.pop(name, None)
+        fill()
+        self._loaded[name] = key
+        return True
 
     def set_prompt(
         self, branch: int, ids: tuple[int, ...], und: tuple[torch.Tensor, torch.Tensor]
@@ -240,14 +242,16 @@ class StepRunner:
 
         self.once("masks", (layout, raw_action_dim), fill)
 
-    def set_schedule(self, timesteps: tuple[int, ...], coef: torch.Tensor) -> None:
-        """Timestep embeddings and solver coefficients [steps, K] of a whole schedule."""
+    def set_schedule(self, timesteps: tuple[int, ...], coef: torch.Tensor) -> bool:
+        """Timestep embeddings and solver coefficients [steps, K] of a whole schedule; True where
+        its timesteps are not those of the last one.
+        """
 
         def fill() -> None:
             self.inputs.table[: len(timesteps)].copy_(self.model.timestep_table(timesteps))
 
-        self.once("timesteps", timesteps, fill)
         self.coef[: len(timesteps)].copy_(upload(coef, self.coef.device))
+        return self.once("timesteps", timesteps, fill)
 
     def set_state(self, noise: torch.Tensor, clean: torch.Tensor) -> None:
         """Start a loop from noise [N], clean values [N] put in their places."""

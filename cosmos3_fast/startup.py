@@ -5,6 +5,7 @@ networks and their weights, the report.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,13 @@ def arguments(
     decode_video: bool,
     use_cuda_graph: bool,
 ) -> EngineArgs:
-    """What `Engine.from_pretrained` stands for; a name that is no folder is downloaded."""
+    """What `Engine.from_pretrained` stands for; a hub's name that is no folder is downloaded."""
     folder = Path(dir_or_hub_id)
     if not folder.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(dir_or_hub_id)):
+            raise ValueError(
+                f"checkpoint folder {folder} does not exist, and is no name of the hub"
+            )
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(str(dir_or_hub_id), revision=revision))

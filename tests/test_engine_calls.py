@@ -235,6 +235,15 @@ def test_heads_that_the_kernels_do_not_take_are_refused_on_a_gpu_alone(
         Engine(engine_args(folder, device=DeviceConfig("cuda:0", torch.float32)))
 
 
+def test_the_sigmas_of_a_new_schedule_are_logged_once(caplog):
+    with Engine(engine_args()) as engine, caplog.at_level(logging.INFO, "cosmos3_fast"):
+        for steps in (2, 2, 3):
+            engine.step(request(num_inference_steps=steps))
+    said = [line for line in caplog.messages if line.startswith("native schedule, sigmas ")]
+    assert [len(line.split()) for line in said] == [3 + 3, 3 + 4]  # the last sigma is 0
+    assert all(line.endswith(" 0") for line in said)
+
+
 def test_guidance_that_no_step_has_is_told_once(caplog):
     """Sigmas taken for timesteps."""
     asked = request(guidance_interval=(0.2, 0.8))

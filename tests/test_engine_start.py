@@ -73,6 +73,12 @@ def test_random_weights_need_no_tensor_files(tmp_path):
     assert torch.equal(result["action"], shared_engine().step(request())["action"])
 
 
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./gone", "../gone", "a/b/c", "~/x"])
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(ValueError, match=r"checkpoint folder .* does not exist"):
+        Engine.from_pretrained(name, device="cpu")
+
+
 def test_without_a_vae_latents_still_run(tmp_path):
     folder = make_tiny_checkpoint(tmp_path, kv_heads=2)
     for file in (folder / "vae").iterdir():
