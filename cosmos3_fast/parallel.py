@@ -120,10 +120,12 @@ class Mesh:
 
     def two_shot(self, nbytes: int, axis: str = "tp") -> bool:
         """Whether so many bytes of `symmetric(…, axis)` are reduced by its two-shot kernel."""
-        if axis not in self._groups or self.device.type != "cuda" or self.collective == "nccl":
-            return False
         limit = TWO_SHOT_BYTES.get(self.size(axis), 0)
-        return self.collective == "symmetric" or nbytes <= limit
+        return self.peers(axis) and (self.collective == "symmetric" or nbytes <= limit)
+
+    def peers(self, axis: str = "tp") -> bool:
+        """Whether kernels address the memory of other ranks of the axis."""
+        return self.size(axis) > 1 and self.device.type == "cuda" and self.collective != "nccl"
 
     def all_reduce(self, x: torch.Tensor, axis: str = "tp") -> torch.Tensor:
         """Sum over the axis, in x, which is returned.

@@ -145,9 +145,7 @@ class RowSums:
 
     @property
     def _peers(self) -> bool:
-        """Whether ranks address each other's memory."""
-        mesh = self.mesh
-        return mesh.tp_size > 1 and mesh.device.type == "cuda" and mesh.collective != "nccl"
+        return self.mesh.peers("tp")
 
     def _plain(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(rows, columns, dtype=dtype, device=self.mesh.device)

@@ -27,7 +27,7 @@ NAN = float("nan")
 
 
 def test_the_seed_example(tmp_path):
-    """PhyAI's example with its import lines replaced; tiny sizes, cpu and fp32 besides."""
+    """PhyAI's example, in one piece as the page has it, import lines replaced; tiny, cpu, fp32."""
     from cosmos3_fast import (
         Cosmos3ActionRequest,
         Cosmos3PolicyProcessor,

@@ -6,6 +6,7 @@ from engine_fixtures import (
     counted,
     engine_args,
     equal,
+    picture,
     request,
     shared_engine,
 )
@@ -13,6 +14,7 @@ from engine_fixtures import (
 from cosmos3_fast import DeviceConfig, Engine, denoise
 
 NAN = float("nan")
+PIXELS = {"cond_video_latents": None, "cond_video_pixels": picture(1, 3, 1, 80, 96)}
 
 
 def test_a_refused_request_leaves_the_engine_usable():
@@ -22,6 +24,18 @@ def test_a_refused_request_leaves_the_engine_usable():
         engine.step(request(num_inference_steps=0))
     assert not calls
     assert equal(engine.step(request()), want)
+
+
+@pytest.mark.parametrize("changes", [{}, PIXELS], ids=["to decode", "to encode"])
+def test_a_picture_too_large_for_the_vae_is_refused_before_any_compute(monkeypatch, changes):
+    engine = shared_engine()
+    want = engine.step(request(**changes))
+    with monkeypatch.context() as patched:
+        patched.setattr("cosmos3_fast.vae.model.MAX_ELEMENTS", 1000)
+        with counted(engine) as calls, pytest.raises(ValueError, match="too many for one frame"):
+            engine.step(request(**changes))
+    assert not calls
+    assert equal(engine.step(request(**changes)), want)
 
 
 def test_an_error_in_the_middle_leaves_the_engine_usable():

@@ -248,3 +248,25 @@ def test_no_convolution_input_exceeds_32_bit_indices(real, latent, elements, pas
     for start, stop in groups:
         sizes = real.decoder.sizes(stop - start, height, width, first=start == 0)
         assert max(elements for elements, _ in sizes) <= MAX_ELEMENTS
+
+
+# Latent frames, height, width; whether encoded or decoded. 104 x 16 = 1664 pixels, 147 x 16 = 2352.
+LARGEST = {
+    "decode": ((2, 104, 104), True),
+    "decode one frame": ((1, 147, 147), True),
+    "encode": ((2, 186, 186), False),
+}
+
+
+@pytest.mark.parametrize(("size", "decode"), LARGEST.values(), ids=LARGEST)
+def test_a_picture_past_32_bit_indices_is_refused(real, size, decode):
+    """One latent pixel more, each way, is too many; so it is to the pass itself."""
+    frames, height, width = size
+    real.check_size(*size, decode=decode)
+    message = rf"pixels of {16 * height + 16} x {16 * width + 16} over 1 rank are too many"
+    with pytest.raises(ValueError, match=message):
+        real.check_size(frames, height + 1, width + 1, decode=decode)
+    net = real.decoder if decode else real.encoder
+    strips = Strips.plan(real.mesh, height + 1, width + 1)
+    with pytest.raises(ValueError, match=message):
+        real._groups(net, strips, frames, height + 1, width + 1)

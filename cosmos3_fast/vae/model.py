@@ -172,7 +172,21 @@ class WanVAE(nn.Module):
         """
         net = self.decoder if decode else self.encoder
         assert net is not None, "a VAE without its decoder"
-        self._groups(net, Strips.plan(self.mesh, height, width), frames, height, width)
+        self._require_indices(net, Strips.plan(self.mesh, height, width), frames, height, width)
+
+    def _require_indices(
+        self, net: Encoder | Decoder, strips: Strips, frames: int, height: int, width: int
+    ) -> None:
+        """ValueError for a picture of which not even one latent frame fits cuDNN's indices."""
+        rows = strips.local(height, width)
+        largest = max(elements for elements, _ in net.sizes(1, *rows, first=frames == 1))
+        if largest > MAX_ELEMENTS:
+            space = self.config.scale_factor_spatial
+            raise ValueError(
+                f"pixels of {space * height} x {space * width} over {strips.holders} rank"
+                f"{'s' * (strips.holders > 1)} are too many for one frame: a convolution's input "
+                f"would hold {largest} elements, more than {MAX_ELEMENTS}"
+            )
 
     def _with_slots(
         self,
@@ -199,18 +213,10 @@ class WanVAE(nn.Module):
         self, net: Encoder | Decoder, strips: Strips, frames: int, height: int, width: int
     ) -> list[tuple[int, int]]:
         """Ranges of latent frames, as even as can be, within the bounds; equal on all ranks.
-
-        ValueError for a picture of which not even one latent frame fits cuDNN's indices.
+        ValueError where there are none.
         """
+        self._require_indices(net, strips, frames, height, width)
         rows = strips.local(height, width)
-        most_elements = max(elements for elements, _ in net.sizes(1, *rows, first=frames == 1))
-        if most_elements > MAX_ELEMENTS:
-            space = self.config.scale_factor_spatial
-            raise ValueError(
-                f"pixels of {space * height} x {space * width} over {strips.holders} rank"
-                f"{'s' * (strips.holders > 1)} are too many for one frame: a convolution's input "
-                f"would hold {most_elements} elements, more than {MAX_ELEMENTS}"
-            )
         most = next((n for n in range(frames, 1, -1) if self._fits(net, n, frames, rows)), 1)
         count = -(-frames // most)
         base, rest = divmod(frames, count)
