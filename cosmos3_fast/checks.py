@@ -167,8 +167,8 @@ def _check_pixels(pixels: torch.Tensor, shape: tuple[int, ...], frames: Sequence
             f"fewer than video_shape {shape}"
         )
     if pixels.dtype != torch.uint8:
-        _check_finite(pixels, "cond_video_pixels")
-        low, high = (float(x) for x in torch.aminmax(pixels[:, :, :least]))
+        _check_floats(pixels, "cond_video_pixels")
+        low, high = (float(x) for x in torch.aminmax(pixels[:, :, :least]))  # NaN if one is
         if not -1 - PIXEL_SLACK <= low <= high <= 1 + PIXEL_SLACK:
             raise ValueError(
                 f"cond_video_pixels must be uint8 or lie in [-1, 1], got {low:g} to {high:g}"
@@ -210,9 +210,13 @@ def _check_actions(request: Cosmos3ActionRequest, config: TransformerConfig) -> 
         )
 
 
-def _check_finite(tensor: torch.Tensor, name: str) -> None:
+def _check_floats(tensor: torch.Tensor, name: str) -> None:
     if not tensor.dtype.is_floating_point:
         raise ValueError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
+
+
+def _check_finite(tensor: torch.Tensor, name: str) -> None:
+    _check_floats(tensor, name)
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} holds values that are not finite")
 

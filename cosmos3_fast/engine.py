@@ -28,6 +28,7 @@ from cosmos3_fast.modes import own_modes
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.request import Cosmos3ActionRequest, Layout, pixels_to_encode
 from cosmos3_fast.stages import Stages
+from cosmos3_fast.transfer import upload
 from cosmos3_fast.vae import WanVAE
 from cosmos3_fast.watchdog import Watchdog
 
@@ -152,7 +153,8 @@ class Engine:
         with self._alone():
             if self._failed:
                 self._fail_again()
-            agreement.agree(self.mesh, {}, error=error)
+            with self._meeting():
+                agreement.agree(self.mesh, {}, error=error)
             raise error
 
     def warmup(self, request: Cosmos3ActionRequest) -> None:
@@ -180,7 +182,8 @@ class Engine:
                 held = {} if facts is None else facts(result)
             except Exception as caught:  # whatever it is, the other ranks must hear of it
                 error = caught
-            agreement.agree(self.mesh, held, error=error)
+            with self._meeting():
+                agreement.agree(self.mesh, held, error=error)
         return cast(T, result)
 
     def close(self) -> None:
@@ -237,13 +240,8 @@ class Engine:
         if self._failed:
             self._fail_again()
         assert self._watchdog is not None
-        try:
+        with self._meeting():
             plan, noise, prepared = self._agree(request)
-        except ValueError:
-            raise  # on every rank
-        except BaseException as error:  # this rank alone: it has not met the others
-            self._fail(error)
-            raise
         self._requests += 1
         deadline = None if prepared else startup.PREPARE_S
         meetings = self.mesh.meetings
@@ -255,6 +253,19 @@ class Engine:
             if self.mesh.meetings == meetings:  # the others wait for this rank in `require_in_time`
                 with suppress(ConnectionError):  # the error itself says more
                     denoise.tell_failure(self.mesh, error)
+            raise
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """A ValueError is every rank's; any other error this rank's alone: it has not met the
+        others.
+        """
+        try:
+            yield
+        except ValueError:
+            raise
+        except BaseException as error:
+            self._fail(error)
             raise
 
     def _fail(self, error: BaseException) -> None:
@@ -321,10 +332,11 @@ class Engine:
         note: Callable[[str], None],
     ) -> dict[str, torch.Tensor]:
         stages = Stages(self.device)
+        capture = self.args.config.runtime.use_cuda_graph
         note("before its first step")
-        runner = self._kept.runner(plan, self.model)
+        runner = self._kept.runner(plan, self.model, capture)
         stages.mark("prepare")
-        clean = self._clean(request, plan.layout)
+        clean = self._clean(request, plan.layout, capture)
         stages.mark("encode")
         for branch in plan.branches(self.mesh):
             ids = plan.prompts[branch]
@@ -354,12 +366,11 @@ class Engine:
         self.times = stages.milliseconds()
         return result
 
-    def _clean(self, request: Cosmos3ActionRequest, layout: Layout) -> torch.Tensor:
+    def _clean(self, request: Cosmos3ActionRequest, layout: Layout, capture: bool) -> torch.Tensor:
         """float32 [N]: the clean values of the state, pixels encoded where they are given."""
         pixels, given = pixels_to_encode(request, layout), request.cond_video_latents
         if pixels is not None:
             assert self.vae is not None
-            capture = self.args.config.runtime.use_cuda_graph
             given = self._kept.encoders.encode(self.vae, pixels, self.device, capture)
         actions = request.cond_action if request.mode == "forward_dynamics" else None
         if actions is not None:
@@ -368,5 +379,5 @@ class Engine:
 
     def _noise_state(self, noise: Noise, layout: Layout) -> torch.Tensor:
         parts = map(torch.from_numpy, noise.result())
-        video, action = (latents.upload(part, self.device) for part in parts)
+        video, action = (upload(part, self.device) for part in parts)
         return latents.flatten(video, action, layout)

@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 
 from cosmos3_fast import ops
 from cosmos3_fast.cache import BoundedCache
-from cosmos3_fast.latents import Masks, upload
+from cosmos3_fast.latents import Masks
 from cosmos3_fast.model import Adapter, Cosmos3Transformer, GenInputs
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.request import Layout
 from cosmos3_fast.sampler import COEF
+from cosmos3_fast.transfer import upload
 from cosmos3_fast.vae import WanVAE
 
 log = logging.getLogger(__name__)
@@ -33,21 +35,41 @@ CAPACITIES = (256, 1024, 4096)  # UND tokens a captured step has room for
 STEPS = 64  # rows of the schedule's tables; longer schedules round up to a multiple
 
 
-class _Streams(threading.local):
-    """A thread's streams for captures, one a device: cuBLAS keeps a workspace (32 MiB) for every
-    stream that a thread has used.
+class _Place:
+    """Where a thread captures on a device: one stream, since cuBLAS keeps a workspace (32 MiB) for
+    every stream that a thread has used, and the memory of that workspace.
+
+    Graphs hold the workspace's address, but the process may throw workspaces away at any time, as
+    torch.compile does when it records graphs of its own. In a pool that lives as long as the
+    graphs the address stays theirs.
     """
 
-    def __init__(self) -> None:
-        self._by_device: dict[torch.device, torch.cuda.Stream] = {}
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.pool = torch.cuda.MemPool()
 
-    def of(self, device: torch.device) -> torch.cuda.Stream:
+    def prepare(self) -> None:
+        """On the current stream: products by cuBLAS and cuBLASLt, for which a workspace is made
+        where there is none.
+        """
+        with torch.cuda.use_mem_pool(self.pool, self.device):
+            x = torch.zeros(16, 16, device=self.device, dtype=torch.bfloat16)
+            F.linear(x @ x, x, x[0])
+
+
+class _Places(threading.local):
+    """This thread's, by device."""
+
+    def __init__(self) -> None:
+        self._by_device: dict[torch.device, _Place] = {}
+
+    def of(self, device: torch.device) -> _Place:
         if device not in self._by_device:
-            self._by_device[device] = torch.cuda.Stream(device)
+            self._by_device[device] = _Place(device)
         return self._by_device[device]
 
 
-_STREAMS = _Streams()
+_PLACES = _Places()
 
 
 @contextmanager
@@ -70,9 +92,11 @@ class Captured(Generic[T]):
         self._run, self._graph = run, None
         if not capture or device.type != "cuda":
             return
-        stream = _STREAMS.of(device)
+        self._place = _PLACES.of(device)
+        stream = self._place.stream
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
+            self._place.prepare()
             run()
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)

@@ -35,7 +35,6 @@ class Kept:
     """One engine's. Ranks that make the same requests keep the same things, or all `clear` them."""
 
     def __init__(self, runtime: RuntimeConfig) -> None:
-        self._capture = runtime.use_cuda_graph
         self.runners = BoundedCache[StepRunner](runtime.max_graphs, StepRunner.close)
         self.encoders = Encoders(MAX_ENCODERS)
         self.prompts = BoundedCache[Und](runtime.max_prompts)
@@ -46,11 +45,13 @@ class Kept:
         for cache in (self.runners, self.encoders, self.prompts):
             cache.clear()
 
-    def runner(self, plan: Plan, model: Cosmos3Transformer) -> StepRunner:
-        """The runner of the plan's shape, its steps prepared; the least recently used one goes."""
+    def runner(self, plan: Plan, model: Cosmos3Transformer, capture: bool) -> StepRunner:
+        """The runner of the plan's shape, its steps prepared; the least recently used one goes.
+        `capture`: of a runner made now.
+        """
 
         def make() -> StepRunner:
-            return StepRunner(plan.key, plan.layout, model, capture=self._capture)
+            return StepRunner(plan.key, plan.layout, model, capture=capture)
 
         runner = self.runners.get(plan.key, make)
         for guided in sorted(set(plan.guided)):

@@ -17,15 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from cosmos3_fast.request import Layout
-
-
-def upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """x on the device. From the host it goes in stream order, through pinned memory that torch
-    keeps until it has been read: nothing here waits for the device.
-    """
-    if device.type != "cuda" or x.is_cuda:
-        return x.to(device)
-    return x.contiguous().pin_memory().to(device, non_blocking=True)
+from cosmos3_fast.transfer import upload
 
 
 def to_patches(latents: torch.Tensor, patch: int) -> torch.Tensor:

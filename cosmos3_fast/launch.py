@@ -193,7 +193,8 @@ def _agree_on_launch(
     """Raise the same error on every rank that has come, unless all are there and agree."""
     card = {
         "mesh": [config.cfg_size, config.tp_size],
-        "device": f"{socket.gethostname()} {device}",
+        "host": socket.gethostname(),
+        "device": str(device),
         "refusal": _take(device),
         "pid": os.getpid(),
     }
@@ -266,10 +267,12 @@ def _verdict(channel: Channel, timeout: float) -> tuple[str, str]:
     refused = [f"rank {r} {card['refusal']}" for r, card in enumerate(cards) if card["refusal"]]
     if refused:
         return "ValueError", f"one GPU a rank: {', '.join(refused)}"
-    places: dict[str, list[int]] = {}
-    for rank, card in enumerate(cards):
-        places.setdefault(card["device"], []).append(rank)
-    for place, ranks in places.items():
-        if len(ranks) > 1 and "cuda" in place:
-            return "ValueError", f"{ranks_text(ranks)} all ask for {place}: one GPU a rank"
+    on_gpus = [card for card in cards if "cuda" in card["device"]]
+    hosts = sorted({card["host"] for card in on_gpus})
+    if len(hosts) > 1:  # their kernels address each other's memory
+        return "ValueError", f"GPU ranks must be on one host, these are on {', '.join(hosts)}"
+    for device in sorted({card["device"] for card in on_gpus}):
+        ranks = [rank for rank, card in enumerate(cards) if card["device"] == device]
+        if len(ranks) > 1:
+            return "ValueError", f"{ranks_text(ranks)} all ask for {device}: one GPU a rank"
     return "", ""

@@ -27,6 +27,7 @@ from cosmos3_fast.layers.residual import Residual
 from cosmos3_fast.layers.rotary import Rotary, text_positions
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.parallel_sum import RowSums
+from cosmos3_fast.transfer import upload
 
 UNUSED = ("norm.", "lm_head.", "audio_")  # known tensors of the family that this path does not read
 
@@ -183,7 +184,8 @@ class Cosmos3Transformer(nn.Module):
         keys = torch.empty(shape, device=self.device, dtype=self.dtype)
         values = torch.empty_like(keys)
         cos, sin = self.rotary.tables(text_positions(count, self.device))
-        x = Residual(self.embed_tokens[torch.tensor(ids, device=self.device)], self.sums)
+        tokens = upload(torch.tensor(ids, device="cpu"), self.device)
+        x = Residual(self.embed_tokens[tokens], self.sums)
         for index, layer in enumerate(self.und):
             k, v = keys[index], values[index]
             q = layer.attention.project(layer.norm_in(x), cos, sin, k, v)

@@ -11,7 +11,7 @@ from engine_fixtures import (
     shared_engine,
 )
 
-from cosmos3_fast import DeviceConfig, Engine, denoise
+from cosmos3_fast import DeviceConfig, Engine, agreement, denoise
 
 NAN = float("nan")
 PIXELS = {"cond_video_latents": None, "cond_video_pixels": picture(1, 3, 1, 80, 96)}
@@ -55,6 +55,25 @@ def test_refuse_raises_what_it_is_given():
     with pytest.raises(ValueError, match="unreadable"):
         engine.refuse(ValueError("unreadable"))
     engine.step(request())
+
+
+@pytest.mark.parametrize("call", ["step", "refuse", "together"])
+def test_a_rank_that_did_not_meet_the_others_must_be_rebuilt(monkeypatch, call):
+    """Whatever it was asked for: a later request would meet the others' one before."""
+    engine = shared_engine()
+    arguments = {"step": request(), "refuse": ValueError("unreadable"), "together": lambda: None}
+
+    def late(*_, **__):
+        raise TimeoutError("waited for rank 1")
+
+    monkeypatch.setattr(engine.mesh, "world_size", 2)
+    monkeypatch.setattr(engine, "_failed", "")
+    with monkeypatch.context() as patched:
+        patched.setattr(agreement, "agree", late)
+        with pytest.raises(TimeoutError, match="waited for rank 1"):
+            getattr(engine, call)(arguments[call])
+    with pytest.raises(RuntimeError, match="must be rebuilt: TimeoutError: waited for rank 1"):
+        engine.step(request())
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf")])

@@ -24,7 +24,7 @@ import gpu_steps_ranks
 import pytest
 import test_ranks_errors as errors
 import torch
-from engine_fixtures import checkpoint, counted, engine_args, equal, ids, request
+from engine_fixtures import checkpoint, counted, engine_args, equal, ids, picture, request
 from ranks import _ENVIRONMENT, Launch, argument, run_cases
 
 from cosmos3_fast import DeviceConfig, Engine
@@ -33,6 +33,7 @@ from cosmos3_fast.watchdog import EXIT_STATUS
 
 CPU, GPU = ("cpu", "float32"), ("cuda", "bfloat16")
 MESHES = {2: [(1, 2), (2, 1)], 4: [(2, 2), (1, 4)], 8: [(2, 4), (1, 8)]}  # (cfg, tp) by GPUs
+PICTURE = picture(1, 3, 1, 80, 96)
 CONTEXT_MIB = 200  # less than any process takes on a GPU it uses
 
 
@@ -105,6 +106,33 @@ def test_replays_with_other_sums_keep_every_bit(
     count: int, mesh: tuple[int, int], sums: str
 ) -> None:
     replay_with_delays(count, mesh, "--sums", sums, "--replays", "2000", "--requests", "20")
+
+
+# The VAE's edges without peer memory.
+
+
+def case_edges() -> dict[str, Any]:
+    asked, found = request(cond_video_latents=None, cond_video_pixels=PICTURE), {}
+    for collective in ("auto", "nccl"):
+        with build(decode_video=True, collective=collective) as engine:
+            answers = [engine.step(asked) for _ in range(2)]
+            assert equal(*({k: a[k] for k in ("action", "video")} for a in answers))
+            found |= {f"{collective}: {k}": v for k, v in answers[1].items()}
+            found[f"{collective}: in peer memory"] = bool(engine.vae._edges._made)
+    return found
+
+
+@pytest.mark.gpu2
+def test_nccl_carries_the_edges_of_strips_when_told_to(folder) -> None:
+    told = {"mesh": (2, 1), "device": GPU, "folder": str(folder)}
+    results = run_cases(2, [case_edges], arguments=told)["case_edges"]
+    for got in results:
+        assert got["auto: in peer memory"] and not got["nccl: in peer memory"]
+        for name in ("action", "video"):
+            assert torch.equal(got[f"nccl: {name}"], got[f"auto: {name}"]), name
+            assert torch.equal(got[f"nccl: {name}"], results[0][f"nccl: {name}"]), name
+        pixels, want = got["nccl: pixels"], got["auto: pixels"]  # cuDNN may choose otherwise
+        assert (pixels - want).norm() <= 0.02 * want.norm()
 
 
 # Lost ranks. (what happens in the middle of a request, on which rank, cfg x tp, the cause)

@@ -100,6 +100,21 @@ def test_a_captured_call_replays_on_new_data_and_gives_its_memory_back():
 
 
 @pytest.mark.gpu
+def test_a_capture_outlives_the_process_s_workspaces():
+    """torch.compile throws cuBLAS's away when it records graphs; others then get the memory."""
+    x, y = (torch.randn(256, 16384, device="cuda:0").bfloat16() for _ in range(2))
+    call = Captured(lambda: x @ y.t(), x.device, capture=True)
+    want = call().clone()
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    others = [torch.full((4 << 20,), 7, dtype=torch.uint8, device=x.device) for _ in range(32)]
+    assert torch.equal(call(), want)
+    assert all(bool((one == 7).all()) for one in others)
+    call.reset()
+
+
+@pytest.mark.gpu
 def test_captures_that_come_and_go_leave_no_memory_behind():
     """Not even what cuBLAS keeps for a stream: 32 MiB."""
     x = torch.ones(512, 512, device="cuda:0", dtype=torch.bfloat16)

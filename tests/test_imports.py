@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # DESIGN's table, and in each row the parts that its modules are split into. A package stands for
 # its modules, which may import each other.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("config", "request", "checks", "numeric", "cache", "stages", "modes"),
+    ("config", "request", "checks", "numeric", "cache", "stages", "modes", "transfer"),
     ("kernels", "_C"),
     (
         "ops",

@@ -12,9 +12,9 @@ from cosmos3_fast.latents import (
     masks,
     split,
     to_patches,
-    upload,
 )
 from cosmos3_fast.request import layout
+from cosmos3_fast.transfer import upload
 
 CONFIG = TransformerConfig(latent_channel=3, patch_latent_dim=12, action_dim=5)
 SIZES = [(1, 1, 1), (2, 5, 6), (1, 4, 7), (3, 33, 40)]

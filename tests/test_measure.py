@@ -14,7 +14,7 @@ import torch
 from engine_fixtures import checkpoint, engine_args, request, shared_engine
 from torch.utils.flop_counter import FlopCounterMode
 
-from cosmos3_fast import Engine, denoise, ops, parallel_sum
+from cosmos3_fast import Engine, denoise, kept, ops, parallel_sum
 from cosmos3_fast.cli import main
 from cosmos3_fast.cli.bench import table
 from cosmos3_fast.config import TransformerConfig
@@ -125,6 +125,21 @@ def test_configured_restores_the_engine(engine):
         assert not engine.args.config.runtime.use_cuda_graph
         raise RuntimeError
     assert engine.args is before
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_configured_engine_captures_as_told(engine, monkeypatch, graph):
+    told = []
+
+    class Runner(kept.StepRunner):
+        def __init__(self, *arguments, capture):
+            told.append(capture)
+            super().__init__(*arguments, capture=capture)
+
+    monkeypatch.setattr(kept, "StepRunner", Runner)
+    with configured(engine, graph=graph):
+        engine.step(SMALL["S"].request(0))
+    assert told == [graph]
 
 
 def test_growth_compares_two_halves(engine):

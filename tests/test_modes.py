@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from engine_fixtures import checkpoint, engine_args, equal, picture, request
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cosmos3_fast import Cosmos3ActionRequest, Cosmos3PolicyProcessor, DeviceConfig, Engine
 from cosmos3_fast.modes import own_modes
@@ -39,6 +40,25 @@ def precision(how: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@contextmanager
+def setting(read: Callable[[], object], write: Callable[[object], object], value: object):
+    """One of the process's settings; the engine must leave it as it was found."""
+    before = read()
+    write(value)
+    held = read()
+    assert held != before, "the caller's value is torch's default"
+    try:
+        yield
+    finally:
+        assert read() == held, "it was not put back"
+        write(before)
+
+
+def product(name: str, value: bool) -> AbstractContextManager:
+    owner = torch.backends.cuda.matmul
+    return setting(lambda: getattr(owner, name), lambda x: setattr(owner, name, x), value)
+
+
 # By name, of the type of a device.
 MODES: dict[str, Callable[[str], AbstractContextManager]] = {
     "inference": lambda _: torch.inference_mode(),
@@ -48,6 +68,13 @@ MODES: dict[str, Callable[[str], AbstractContextManager]] = {
     "bfloat16": lambda _: default_dtype(torch.bfloat16),
     "meta": lambda _: torch.device("meta"),
     "medium": lambda _: precision("medium"),
+    "one kind of attention": lambda _: sdpa_kernel(SDPBackend.MATH),
+    "no kind that serves": lambda _: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
+    "whole reductions": lambda _: product("allow_bf16_reduced_precision_reduction", False),
+    "fp16 sums": lambda _: product("allow_fp16_accumulation", True),
+    "deterministic": lambda _: setting(
+        torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 2
+    ),
 }
 GPU = pytest.param("cuda:0", marks=pytest.mark.gpu)
 PIXELS = {"cond_video_latents": None, "cond_video_pixels": picture(1, 3, 1, 80, 96)}

@@ -5,6 +5,8 @@ process.
 from __future__ import annotations
 
 import os
+import socket
+import time
 
 import pytest
 import torch
@@ -37,6 +39,14 @@ def _collectives(cfg: int, tp: int) -> dict[str, object]:
             got[f"gather out {axis} {name}"] = out
     objects = [mesh.gather_objects({"rank": mesh.rank, "round": n}) for n in range(3)]
     got["objects"] = objects
+    assert mesh.channel is not None
+    keys = [mesh.channel._key(mesh.rank, back) for back in (-3, -2, -1)]
+    got["kept"] = [mesh.channel.store.check([key]) for key in keys]
+    if mesh.rank == 3:
+        time.sleep(0.2)
+        mesh.channel.store.set("late", "")
+    mesh.barrier()
+    got["waited"] = mesh.channel.store.check(["late"])
     mesh.close()
     return got
 
@@ -124,6 +134,16 @@ def test_collectives(four, case, tp, name, axis) -> None:
 def test_objects_come_in_world_order(four, case) -> None:
     for got in four[case]:
         assert got["objects"] == [[{"rank": r, "round": n} for r in range(4)] for n in range(3)]
+
+
+@pytest.mark.parametrize("case", ["case_2x2", "case_1x4"])
+def test_the_store_keeps_the_last_round_alone(four, case) -> None:
+    assert [got["kept"] for got in four[case]] == [[False, False, True]] * 4
+
+
+@pytest.mark.parametrize("case", ["case_2x2", "case_1x4"])
+def test_a_barrier_waits_for_the_last_rank(four, case) -> None:
+    assert [got["waited"] for got in four[case]] == [True] * 4
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -216,9 +236,11 @@ def case_join_gpus() -> dict[str, object]:
         taken.append(str(device))
 
     torch.cuda.device_count, torch.cuda.set_device = lambda: 2, set_device
-    size = int(os.environ["WORLD_SIZE"])
+    size, hosts = int(os.environ["WORLD_SIZE"]), argument("hosts")
+    if hosts:
+        socket.gethostname = lambda: hosts[int(os.environ["RANK"])]
     try:
-        Mesh.create(ParallelConfig(size, 1, size), "cuda", timeout=20.0)
+        Mesh.create(ParallelConfig(size, 1, size), argument("device"), timeout=20.0)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "taken": taken}
     return {"error": None}
@@ -234,10 +256,25 @@ BROKEN = "rank 1 cannot have cuda:1: CUDA error: no such luck"
     ids=["more-ranks-than-gpus", "a-broken-gpu"],
 )
 def test_a_rank_without_its_gpu_is_named_on_every_rank(size, broken, error) -> None:
-    results = run_cases(size, [case_join_gpus], arguments={"broken": broken})["case_join_gpus"]
+    arguments = {"broken": broken, "device": "cuda", "hosts": None}
+    results = run_cases(size, [case_join_gpus], arguments=arguments)["case_join_gpus"]
     for rank, got in enumerate(results):
         assert got["error"] == f"ValueError: one GPU a rank: {error}"
         assert got["taken"] == ([f"cuda:{rank}"] if rank < 2 and rank != broken else [])
+
+
+def test_ranks_that_ask_for_one_gpu_are_named_on_every_rank() -> None:
+    arguments = {"broken": None, "device": "cuda:1", "hosts": None}
+    for got in run_cases(2, [case_join_gpus], arguments=arguments)["case_join_gpus"]:
+        assert got["error"] == (
+            "ValueError: ranks 0, 1 all ask for cuda:1: one GPU a rank"
+        )
+
+
+def test_gpu_ranks_on_several_hosts_are_refused_on_every_rank() -> None:
+    arguments = {"broken": None, "device": "cuda", "hosts": ["one", "two"]}
+    for got in run_cases(2, [case_join_gpus], arguments=arguments)["case_join_gpus"]:
+        assert got["error"] == "ValueError: GPU ranks must be on one host, these are on one, two"
 
 
 def test_a_missing_rank_is_named_on_every_rank() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal, overload
@@ -14,7 +15,7 @@ from torch import nn
 from cosmos3_fast import ops
 from cosmos3_fast.checkpoint import Slot
 from cosmos3_fast.config import VAEConfig
-from cosmos3_fast.modes import exact_products
+from cosmos3_fast.modes import own_settings
 from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.parallel_edges import EdgePool
 from cosmos3_fast.vae.blocks import Place, PointConv
@@ -201,7 +202,8 @@ class WanVAE(nn.Module):
         All ranks take the same. The first pass of a size must not be inside a capture: new ones
         may be made.
         """
-        if strips.holders == 1 or not ops.peer_kernels(self.mesh.device):
+        kernels = ops.peer_kernels(self.mesh.device) and self.mesh.peers("world")
+        if strips.holders == 1 or not kernels:
             return strips
         frames = max(stop - start for start, stop in groups)
         rows = (0, width) if strips.axis == 3 else (height, 0)  # what is left is the two borders
@@ -257,15 +259,21 @@ def _check(config: VAEConfig) -> None:
         )
 
 
+# cuDNN's flags are the process's, and two engines may be at work in two threads.
+_CUDNN = threading.Lock()
+
+
 @contextlib.contextmanager
 def _cudnn(device: torch.device, *, search: bool) -> Iterator[None]:
-    """cuDNN on a GPU: float32 stays float32, results repeat; `search` times its algorithms."""
+    """cuDNN on a GPU: float32 stays float32, results repeat; `search` times its algorithms. One
+    thread at a time issues its work here.
+    """
     if device.type != "cuda":
         yield
         return
     cudnn = torch.backends.cudnn
-    before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
-    with exact_products:
+    with _CUDNN, own_settings:
+        before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
         try:
             cudnn.enabled, cudnn.benchmark, cudnn.deterministic = True, search, True
             yield
