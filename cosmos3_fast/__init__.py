@@ -1,5 +1,13 @@
 """Fast, exact inference of NVIDIA Cosmos3 robot policies on one GPU or a host of them."""
 
+from importlib.util import find_spec
+
+if find_spec("cosmos3_fast.kernels") is None:  # Python looks in its own folder first
+    raise ImportError(
+        f"{__path__[0]} is the source folder, not the installed package: leave the clone, or "
+        "install it there with pip install -e ."
+    )
+
 from cosmos3_fast.config import (
     Cosmos3PolicyWNArgs,
     DeviceConfig,

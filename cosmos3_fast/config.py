@@ -66,7 +66,8 @@ class DeviceConfig:
             raise ValueError(f"device target must be cpu, cuda or cuda:N, got {self.target!r}")
         if self.params_dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(
-                f"params_dtype must be bfloat16, float16 or float32, got {self.params_dtype}"
+                "params_dtype must be torch.bfloat16, torch.float16 or torch.float32, got "
+                f"{self.params_dtype!r}"
             )
 
 

@@ -7,6 +7,7 @@ the weights and answers requests one at a time. `docs/architecture.md` tells the
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -72,7 +73,7 @@ class Engine:
         self._model: Cosmos3Transformer | None = None
         self.vae: WanVAE | None = None
         self._failed, self._requests, self._warned = "", 0, False
-        self._busy = threading.Lock()
+        self._busy, self._process = threading.Lock(), os.getpid()
         runtime = args.config.runtime
         self._kept = Kept(runtime)
         self._host = ThreadPoolExecutor(1, thread_name_prefix="cosmos3-noise")
@@ -100,7 +101,7 @@ class Engine:
         dir_or_hub_id: str | Path,
         *,
         revision: str | None = None,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         cfg_size: int = 1,
         tp_size: int = 1,
@@ -109,10 +110,13 @@ class Engine:
         decode_video: bool = False,
         use_cuda_graph: bool = True,
     ) -> Engine:
-        """An engine of a checkpoint folder, or of a model on the Hugging Face hub.
+        """An engine of a checkpoint folder, or of a model on the Hugging Face hub ("owner/name" and
+        its `revision`).
 
         device: None is this rank's GPU where there is one, else "cpu". dtype: None is bfloat16 on a
-        GPU, float32 on a CPU. schedule, flow_shift: None is what the checkpoint says.
+        GPU, float32 on a CPU. cfg_size, tp_size: ranks for the guidance branches (1 or 2), and to
+        split each over. schedule, flow_shift: None is what the checkpoint says. decode_video:
+        results hold pixels, too. ValueError names what does not fit.
         """
         found = startup.arguments(
             dir_or_hub_id,
@@ -139,7 +143,9 @@ class Engine:
         Returns "action" float32 [1, action_chunk, raw_action_dim], "video" float32 [1, C, t, h, w]
         (normalised latents) and, with decode_video, "pixels" float32 [1, 3, T, H, W] in [0, 1], on
         the engine's device. Raises ValueError for a request that cannot run (on every rank, before
-        any compute), FloatingPointError when a result is not finite: nothing is returned then.
+        any compute), FloatingPointError when a result is not finite: nothing is returned then;
+        RuntimeError during another call, after `close` and after an error over ranks, or when
+        another rank failed, TimeoutError when one did not come in time.
         `on_step(i)` is called as step i is issued, in the engine's own modes (`own_modes`).
         """
         with self._alone():
@@ -226,6 +232,10 @@ class Engine:
         """The engine belongs to this call: its buffers, graphs and the ranks' order of collectives
         are those of one. The call computes in the engine's own modes.
         """
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"this engine is process {self._process}'s: build one after the fork"
+            )
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("this engine is in another call; it runs one at a time")
         try:

@@ -42,7 +42,7 @@ def arguments(
     dir_or_hub_id: str | Path,
     *,
     revision: str | None,
-    device: str | None,
+    device: str | torch.device | None,
     dtype: torch.dtype | None,
     cfg_size: int,
     tp_size: int,
@@ -52,18 +52,9 @@ def arguments(
     use_cuda_graph: bool,
 ) -> EngineArgs:
     """What `Engine.from_pretrained` stands for; a hub's name that is no folder is downloaded."""
-    folder = Path(dir_or_hub_id)
-    if not folder.is_dir():
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(dir_or_hub_id)):
-            raise ValueError(
-                f"checkpoint folder {folder} does not exist, and is no name of the hub"
-            )
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(str(dir_or_hub_id), revision=revision))
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = str(target).startswith("cuda")
-    params_dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    folder = _folder(dir_or_hub_id, revision)
+    target = str(device) if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    default = torch.bfloat16 if target.startswith("cuda") else torch.float32
     plugin = Cosmos3PolicyWNArgs(
         checkpoint_dir=folder,
         flow_shift=flow_shift,
@@ -72,11 +63,33 @@ def arguments(
         schedule=schedule,
     )
     config = EngineConfig(
-        device=DeviceConfig(target, params_dtype),
+        device=DeviceConfig(target, default if dtype is None else dtype),
         parallel=ParallelConfig(cfg_size * tp_size, cfg_size, tp_size),
         runtime=RuntimeConfig(use_cuda_graph=use_cuda_graph),
     )
     return EngineArgs(plugin_args=plugin, config=config)
+
+
+def _folder(dir_or_hub_id: str | Path, revision: str | None) -> Path:
+    """The checkpoint's folder, downloaded where the hub knows the name; ValueError says what it
+    says.
+    """
+    name = str(dir_or_hub_id)
+    if not isinstance(dir_or_hub_id, str | Path) or not name:
+        raise ValueError(f"a checkpoint is a folder or a name of the hub, got {dir_or_hub_id!r}")
+    if Path(name).is_dir():
+        if revision is not None:
+            raise ValueError(f"{name} is a folder; revision {revision!r} is for names of the hub")
+        return Path(name)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise ValueError(f"checkpoint folder {name} does not exist, and is no name of the hub")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except (OSError, ValueError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise ValueError(f"checkpoint folder {name} does not exist; the hub: {said}") from error
 
 
 def device_of(config: DeviceConfig) -> torch.device:

@@ -91,6 +91,21 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     assert names - {extension} == expected | modules(ROOT / "kernels", "cosmos3_fast/kernels")
 
 
+def test_the_source_folder_says_that_it_is_not_the_installed_package(source):
+    """`python -m` in a clone finds it before an installation that is not editable."""
+    code = """
+import sys
+sys.meta_path[:] = [one for one in sys.meta_path if "editable" not in repr(one).lower()]
+try:
+    import cosmos3_fast
+except ImportError as error:
+    print(error)
+"""
+    said = python("-c", code, cwd=source)
+    assert said.startswith(f"{source / 'cosmos3_fast'} is the source folder")
+    assert "pip install -e ." in said
+
+
 def test_the_wheel_says_its_licence_its_needs_and_its_command(wheel):
     archive = zipfile.ZipFile(wheel)
     (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
@@ -109,6 +124,8 @@ def test_the_sdist_holds_what_the_build_reads(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"CMakeLists.txt", "LICENSE", "pyproject.toml", "setup.py"} <= names
+    tests = {f"tests/{path.name}" for path in (ROOT / "tests").glob("*.py")}
+    assert tests <= names
     sources = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
     assert sources <= names and not {name for name in names if name.endswith(".so")}
 

@@ -1,5 +1,8 @@
 """An engine after refusals and failures, results that are not finite, and its end."""
 
+import multiprocessing
+import os
+
 import pytest
 import torch
 from engine_fixtures import (
@@ -74,6 +77,26 @@ def test_a_rank_that_did_not_meet_the_others_must_be_rebuilt(monkeypatch, call):
             getattr(engine, call)(arguments[call])
     with pytest.raises(RuntimeError, match="must be rebuilt: TimeoutError: waited for rank 1"):
         engine.step(request())
+
+
+def test_a_forked_process_is_told_to_build_its_own_engine():
+    """What the engine's threads would do there nobody does."""
+    engine = shared_engine()
+    engine.step(request())
+    receive, send = multiprocessing.Pipe(duplex=False)
+
+    def child():
+        try:
+            engine.step(request())
+        except RuntimeError as error:
+            send.send(str(error))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    assert receive.poll(30), "no answer from the child"
+    assert receive.recv() == f"this engine is process {os.getpid()}'s: build one after the fork"
+    process.join(30)
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf")])

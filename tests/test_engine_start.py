@@ -1,6 +1,7 @@
 """How an engine comes to be: schedules, sources of weights, devices; and its small parts."""
 
 import logging
+import time
 
 import pytest
 import torch
@@ -13,8 +14,16 @@ from engine_fixtures import (
 )
 
 import cosmos3_fast
-from cosmos3_fast import DeviceConfig, Engine, denoise
+from cosmos3_fast import DeviceConfig, Engine, denoise, startup
 from cosmos3_fast.cache import BoundedCache
+from cosmos3_fast.config import (
+    CheckpointConfig,
+    Cosmos3PolicyWNArgs,
+    EngineArgs,
+    EngineConfig,
+    RuntimeConfig,
+)
+from cosmos3_fast.parallel import Mesh
 from cosmos3_fast.stages import Stages
 from cosmos3_fast.testing import fill_random, make_tiny_checkpoint
 
@@ -36,6 +45,31 @@ def test_from_pretrained_chooses_the_schedule(arguments, name, last):
         schedule = denoise.schedule_of(plugin, engine.checkpoint.scheduler, 4)
         assert (engine.model.dtype, engine.mesh.world_size) == (torch.float32, 1)
     assert schedule.name == name and abs(float(schedule.sigmas[3]) - last) < 1e-3
+
+
+@pytest.mark.parametrize(("seconds", "decode", "patience"), [(5, True, 600), (1000, False, 1000)])
+def test_the_networks_get_what_the_configuration_says(seconds, decode, patience):
+    """Kernels wait for the other ranks as long as a request may take that must compile first."""
+    runtime = RuntimeConfig(step_deadline_s=seconds, decode_max_bytes=12345)
+    args, found = (
+        engine_args(runtime=runtime, decode_video=decode),
+        CheckpointConfig.read(checkpoint()),
+    )
+    model, vae, _ = startup.build(args, found, Mesh.single("cpu"), lambda slots: None, False)
+    assert model.sums.deadline == vae._edges.deadline == patience
+    assert vae.max_bytes == 12345 and (vae.decoder is not None) == decode
+
+
+def test_ranks_agree_on_their_dtype_and_not_on_the_folder(tmp_path):
+    found = CheckpointConfig.read(checkpoint())
+
+    def facts(folder, dtype):
+        plugin = Cosmos3PolicyWNArgs(checkpoint_dir=folder)
+        config = EngineConfig(device=DeviceConfig("cpu", dtype))
+        return startup.facts(EngineArgs(plugin_args=plugin, config=config), found, False)
+
+    one, other = facts("a", torch.float32), facts("b", torch.bfloat16)
+    assert {name for name in one | other if one.get(name) != other.get(name)} == {"dtype"}
 
 
 def test_from_pretrained_downloads_what_is_no_folder(monkeypatch):
@@ -73,7 +107,45 @@ def test_random_weights_need_no_tensor_files(tmp_path):
     assert torch.equal(result["action"], shared_engine().step(request())["action"])
 
 
-@pytest.mark.parametrize("name", ["/nowhere/at/all", "./gone", "../gone", "a/b/c", "~/x"])
+@pytest.mark.parametrize("error", [FileNotFoundError, ValueError])
+def test_a_name_that_the_hub_does_not_give_is_said(monkeypatch, error):
+    def snapshot_download(name, revision):
+        raise error("no such thing\nand more")
+
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    want = r"^checkpoint folder results/tinyy does not exist; the hub: no such thing$"
+    with pytest.raises(ValueError, match=want):
+        Engine.from_pretrained("results/tinyy", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "bfloat16"}, "params_dtype must be torch.bfloat16, .* got 'bfloat16'"),
+        ({"device": 0}, "device target must be cpu, cuda or cuda:N, got '0'"),
+        ({"revision": "main"}, "is a folder; revision 'main' is for names of the hub"),
+    ],
+    ids=["dtype", "device", "revision"],
+)
+def test_from_pretrained_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Engine.from_pretrained(checkpoint(), **{"device": "cpu"} | arguments)
+
+
+@pytest.mark.parametrize("name", ["", None, 3], ids=str)
+def test_what_is_no_checkpoint_is_refused(name):
+    with pytest.raises(ValueError, match="a checkpoint is a folder or a name of the hub, got "):
+        Engine.from_pretrained(name)
+
+
+def test_a_device_may_be_torch_s():
+    with Engine.from_pretrained(checkpoint(), device=torch.device("cpu")) as engine:
+        assert engine.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./gone", "../gone", "a/b/c", "~/x", "tinyy"])
 def test_a_mistyped_folder_is_not_looked_for_on_the_hub(name):
     with pytest.raises(ValueError, match=r"checkpoint folder .* does not exist"):
         Engine.from_pretrained(name, device="cpu")
@@ -92,13 +164,13 @@ def test_without_a_vae_latents_still_run(tmp_path):
 
 
 def test_another_gpu_than_there_is_is_refused(monkeypatch):
-    args = engine_args(device=DeviceConfig("cuda:3"))
+    args = engine_args(device=DeviceConfig("cuda:2"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="cuda:3 was asked for, but no CUDA GPU is available"):
+    with pytest.raises(ValueError, match="cuda:2 was asked for, but no CUDA GPU is available"):
         Engine(args)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="cuda:3 was asked for; there are 2 GPUs"):
+    with pytest.raises(ValueError, match="cuda:2 was asked for; there are 2 GPUs"):
         Engine(args)
 
 
@@ -120,12 +192,13 @@ def test_a_value_that_cannot_be_made_is_not_kept():
     assert "a" not in cache and cache.get("a", lambda: 1) == 1
 
 
-def test_stages_of_one_name_add_up():
+def test_stages_of_one_name_add_up(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 7.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     stages = Stages(torch.device("cpu"))
     for name in ("a", "b", "a"):
         stages.mark(name)
-    times = stages.milliseconds()
-    assert list(times) == ["a", "b"] and all(ms >= 0 for ms in times.values())
+    assert list(stages.milliseconds().items()) == [("a", 5000.0), ("b", 2000.0)]
 
 
 def test_what_the_package_exports_is_there():
