@@ -117,7 +117,10 @@ def _shifted(schedule: str, steps: int, shift: float) -> np.ndarray:
         raise ValueError(f"the shift of a schedule must be positive and finite, got {shift}")
     start, end = (1.0, 1 / TRAIN_TIMESTEPS) if schedule == "flow" else (1 - 1 / TRAIN_TIMESTEPS, 0)
     line = np.linspace(start, end, steps + 1)[:-1]
-    values = shift * line / (1 + (shift - 1) * line)
+    below = 1 + (shift - 1) * line
+    if not below.all():
+        raise ValueError(f"a shift of {shift} is too small for the {schedule} schedule")
+    values = shift * line / below
     if abs(values[0] - 1) < SIGMA_GAP:
         values[0] -= SIGMA_GAP  # alpha = 0 has no logarithm
     return values

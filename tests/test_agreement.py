@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ def case_agree() -> dict[str, object]:
     other = _request(text_ids=torch.arange(33)[None] + (rank == 3))
     got = {
         "same": _said(mesh, facts(_request())),
+        "order": _said(mesh, dict(sorted(facts(_request()).items(), reverse=rank == 1))),
         "seed": _said(mesh, facts(_request(seed=42 + (rank == 2)))),
         "prompt": _said(mesh, facts(other)),
         "two": _said(mesh, facts(_request(seed=rank % 2, steps=4 + rank))),
@@ -74,6 +76,7 @@ def four() -> list[dict[str, object]]:
 IDS = [digest(torch.arange(33)[None]), digest(torch.arange(33)[None] + 1)]
 EXPECTED = {
     "same": {},
+    "order": {},
     "seed": "the ranks disagree: seed is 42 on ranks 0, 1, 3 and 43 on rank 2",
     "prompt": f"the ranks disagree: text_ids is {IDS[0]} on ranks 0, 1, 2 and {IDS[1]} on rank 3",
     "two": "the ranks disagree: seed is 0 on ranks 0, 2 and 1 on ranks 1, 3; "
@@ -113,6 +116,7 @@ VALUES = {
     "one bit": torch.nextafter(torch.ones(2, 3), torch.zeros(2, 3)),
     "minus zero": torch.tensor([-0.0]),
     "zero": torch.tensor([0.0]),
+    "integer zero": torch.tensor([0], dtype=torch.int32),
     "empty": torch.empty(0, 3),
     "scalar tensor": torch.tensor(1.0),
     "array": np.arange(6, dtype=np.uint8),
@@ -131,6 +135,11 @@ def test_different_values_have_different_digests() -> None:
     assert len(set(digests.values())) == len(VALUES), digests
 
 
+def test_a_short_value_shows_itself_a_long_one_its_hash() -> None:
+    assert digest(42) == "42" and digest("x" * 38) == f"{'x' * 38!r}"
+    assert all(re.fullmatch("[0-9a-f]{16}", digest("x" * count)) for count in (39, 10_000))
+
+
 def test_equal_values_have_equal_digests() -> None:
     x = torch.randn(3, 63, generator=torch.Generator().manual_seed(0))
     assert digest(x) == digest(x.T.contiguous().T) == digest(x.clone().requires_grad_())
@@ -144,6 +153,11 @@ def test_equal_values_have_equal_digests() -> None:
 @pytest.mark.parametrize("error", [ValueError(), KeyError(), "", ValueError("no")])
 def test_an_error_without_words_is_an_error(error) -> None:
     assert _word(error) != ""
+
+
+def test_an_error_of_another_kind_is_named_with_it() -> None:
+    assert _word(ValueError("no")) == "no"
+    assert _word(UnicodeError("no")) == "UnicodeError: no"  # a ValueError, too
 
 
 def test_a_value_without_a_digest_is_refused() -> None:

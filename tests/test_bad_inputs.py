@@ -128,6 +128,14 @@ CHECKPOINTS = {
         set_json("vae/config.json", scale_factor_spatial=8),
         r"vae config: z_dim, .* must be \(48, 4, 16\), got \(48, 4, 8\)",
     ),
+    "a vae of other latents": (
+        set_json("vae/config.json", z_dim=2, latents_mean=[0.0] * 2, latents_std=[1.0] * 2),
+        r"vae config: z_dim, .* must be \(48, 4, 16\), got \(2, 4, 16\)",
+    ),
+    "a vae of other frames": (
+        set_json("vae/config.json", scale_factor_temporal=2),
+        r"vae config: z_dim, .* must be \(48, 4, 16\), got \(48, 2, 16\)",
+    ),
     "karras without bounds": (
         set_json("scheduler/scheduler_config.json", sigma_min=None),
         "karras schedule needs 0 < sigma_min < sigma_max",

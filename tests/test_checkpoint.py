@@ -131,6 +131,11 @@ def shard_of(folder: Path, name: str) -> Path:
     return folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
 
 
+def folder_for_shard(folder: Path) -> None:
+    shard = shard_of(folder, "b.weight")
+    shard.unlink(), shard.mkdir()
+
+
 def escape(shard):
     """A change that points one tensor at another file, which exists."""
 
@@ -199,6 +204,13 @@ BAD_FOLDERS = {
         lambda f: edit_index(f, lambda m: m.update({"a.weight": m["b.weight"]})),
         rf"places 'a.weight' in {SHARD_B}, which does not hold it",
     ),
+    "tensors-of-two-shards-swapped": (
+        lambda f: edit_index(
+            f, lambda m: m.update({"a.weight": m["b.weight"], "b.weight": m["a.weight"]})
+        ),
+        rf"places 'a.weight' in {SHARD_B}, which does not hold it",
+    ),
+    "folder-for-a-shard": (folder_for_shard, rf"{SHARD_B} is truncated or corrupt"),
     "duplicate": (duplicate, r"'a.weight' is in two shards: .*00001.* and .*00002"),
     "not-in-index": (unlisted, rf"{SHARD_B} holds \['extra'\], which .*index\.json does not list"),
     "unknown-dtype": (unknown_dtype, rf"{SHARD_B}: 'b.weight' has dtype C64"),

@@ -27,6 +27,7 @@ from cosmos3_fast.testing import NANO_SCHEDULER, NANO_TRANSFORMER, NANO_VAE
 NAN, INF = float("nan"), float("inf")
 BAD_CHOICES = {
     "device": (DeviceConfig, {"target": "mps"}, "must be cpu, cuda or cuda:N, got 'mps'"),
+    "two devices": (DeviceConfig, {"target": "cuda:0,1"}, "cpu, cuda or cuda:N, got 'cuda:0,1'"),
     "dtype": (DeviceConfig, {"params_dtype": torch.float64}, "params_dtype must be .*float64"),
     "cfg 3": (ParallelConfig, {"cfg_size": 3, "world_size": 3}, "cfg_size must be 1 or 2.*got 3"),
     "tp 0": (ParallelConfig, {"tp_size": 0}, "tp_size must be a positive integer, got 0"),
@@ -67,6 +68,10 @@ BAD_CHOICES = {
 def test_bad_choices_are_refused(make, fields, message):
     with pytest.raises(ValueError, match=message):
         make(**fields)
+
+
+def test_the_longest_deadline_is_a_good_one():
+    assert RuntimeConfig(step_deadline_s=1e9, silence_s=1e9).step_deadline_s == 1e9
 
 
 def test_defaults_are_phyais():
@@ -219,6 +224,15 @@ def test_numbers_of_the_scheduler_are_finite(name, value):
         SchedulerConfig.from_dict(NANO_SCHEDULER | {name: value})
 
 
+def test_what_the_schedulers_file_leaves_out_is_diffusers_default():
+    theirs, ours = UniPCMultistepScheduler().config, SchedulerConfig.from_dict({})
+    assert (ours.flow_shift, ours.use_karras_sigmas) == (
+        theirs.flow_shift,
+        theirs.use_karras_sigmas,
+    )
+    assert (ours.sigma_min, ours.sigma_max) == (theirs.sigma_min, theirs.sigma_max)
+
+
 def test_the_schedule_is_read_from_both_files():
     config = SchedulerConfig.from_dict(NANO_SCHEDULER, {"use_native_flow_schedule": True})
     assert (config.sigma_min, config.sigma_max, config.use_karras_sigmas) == (0.147, 200.0, True)
@@ -246,6 +260,13 @@ def test_vae_and_model_index_may_be_missing(folder):
     (folder / "model_index.json").unlink()
     config = CheckpointConfig.read(folder)
     assert config.vae is None and not config.scheduler.use_native_flow_schedule
+
+
+def test_a_vae_folder_of_hidden_files_alone_is_none(folder):
+    shutil.rmtree(folder / "vae")
+    (folder / "vae").mkdir()
+    (folder / "vae" / ".gitkeep").touch()
+    assert CheckpointConfig.read(folder).vae is None
 
 
 @pytest.mark.parametrize("part", ["transformer/config.json", "scheduler/scheduler_config.json"])

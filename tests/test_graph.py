@@ -20,6 +20,7 @@ PROMPTS = {
     "B": {"text": ids(33, seed=2), "negative": ids(7, seed=1), "seed": 3},
     "C": {"text": ids(2, seed=4), "negative": ids(41, seed=5), "domain_id": 1, "fps": 15.0},
 }
+ALONE = {"fps": 12.0, "raw_action_dim": 8, "guidance_scale": 1.5}  # in nothing else unlike A
 
 
 @functools.cache
@@ -78,6 +79,15 @@ def test_prompts_a_b_a_on_one_runner_equal_fresh_runners(device):
         assert torch.equal(got, want), name
         fresh.close()
     shared.close()
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_field_that_changes_alone_reaches_the_runners_buffers(name):
+    first, other = request(), request(**{name: ALONE[name]})
+    shared = runner_for(first)
+    answer(shared, first)
+    assert torch.equal(answer(shared, other), answer(runner_for(other), other))
+    assert torch.equal(answer(shared, first), answer(runner_for(first), first))
 
 
 @pytest.mark.gpu
@@ -191,6 +201,11 @@ def test_lengths_round_up_to_a_capacity(tokens, steps, capacity, rounded):
     key = ShapeKey.of(plan.layout, plan.masks, 2, tokens, steps)
     assert (key.capacity, key.steps, key.branches) == (capacity, rounded, 2)
     assert (key.grid, key.rows, key.noisy_video, key.noisy_rows) == ((2, 3, 3), 4, 9, 4)
+
+
+def test_a_plan_has_room_for_the_longer_prompt_and_for_all_steps():
+    key = plan_of(request(negative=ids(300), num_inference_steps=65)).key
+    assert (key.capacity, key.steps) == (1024, 128)
 
 
 def test_a_prompt_past_the_largest_capacity_is_refused():

@@ -266,6 +266,19 @@ def test_a_neighbour_that_never_comes_ends_the_wait_and_reset_starts_over(device
     assert all(slots.failure() is None for slots in pair.slots)
 
 
+@on_devices
+def test_a_reset_forgets_the_exchanges_before_it(device):
+    """An old flag must not pass for the first one after it."""
+    pair = Pair(device, deadline=0.2)
+    pair.send(0, 1), pair.send(1, -1)
+    assert (pair.receive(0), pair.receive(1)) == (-1, 1)
+    for slots in pair.slots:
+        slots.reset()
+    pair.send(0, 2)  # rank 1 sends nothing
+    assert pair.receive(0) == 0
+    assert "rank 1" in pair.slots[0].failure()
+
+
 def test_ranks_in_threads_with_random_delays():
     sizes, exchanges = [2, 1, 2], 150
     case = sized(EXCHANGES[0], 3, sum(sizes))
@@ -331,8 +344,9 @@ def test_the_extension_refuses_what_would_write_outside():
 def test_slots_need_memory_that_ranks_share():
     mesh = Mesh.single("cpu")
     assert EdgeSlots(mesh, 1000).neighbours == 0
-    with pytest.raises(ValueError, match="among must be 1 to 1, got 2"):
-        EdgeSlots(mesh, 1000, among=2)
+    for among in (0, 2):
+        with pytest.raises(ValueError, match=f"among must be 1 to 1, got {among}"):
+            EdgeSlots(mesh, 1000, among=among)
     mesh.world_size = 2
     with pytest.raises(ValueError, match="cannot see each other's memory"):
         EdgeSlots(mesh, 1000)

@@ -146,6 +146,11 @@ BAD = {
         {"a": torch.ones(2)},
         r"lacks tensors: w0, w1, w2, w3, w4, … \(7 in all\)$",
     ),
+    "five missing": (
+        {f"w{i}": slot(2) for i in range(5)},
+        {"a": torch.ones(2)},
+        "lacks tensors: w0, w1, w2, w3, w4$",
+    ),
     "extra": (
         {"a": slot(2)},
         {"a": torch.ones(2)} | {f"x{i}": torch.ones(1) for i in range(6)},
@@ -161,6 +166,7 @@ BAD = {
         {"a": torch.ones(1, 6)},
         r"a has shape \(1, 6\), expected \(6,\)",
     ),
+    "broadcastable-columns": ({"a": slot(2, 3)}, {"a": torch.ones(2, 1)}, r"expected \(2, 3\)"),
     "broadcastable": ({"a": slot(2, 3)}, {"a": torch.ones(1, 3)}, r"expected \(2, 3\)"),
     "integer": (
         {"a": slot(2)},

@@ -266,9 +266,7 @@ def test_a_rank_without_its_gpu_is_named_on_every_rank(size, broken, error) -> N
 def test_ranks_that_ask_for_one_gpu_are_named_on_every_rank() -> None:
     arguments = {"broken": None, "device": "cuda:1", "hosts": None}
     for got in run_cases(2, [case_join_gpus], arguments=arguments)["case_join_gpus"]:
-        assert got["error"] == (
-            "ValueError: ranks 0, 1 all ask for cuda:1: one GPU a rank"
-        )
+        assert got["error"] == ("ValueError: ranks 0, 1 all ask for cuda:1: one GPU a rank")
 
 
 def test_gpu_ranks_on_several_hosts_are_refused_on_every_rank() -> None:

@@ -11,7 +11,7 @@ import torch
 from halo_cases import Ranks
 
 from cosmos3_fast import parallel_edges
-from cosmos3_fast.parallel_edges import EdgePool
+from cosmos3_fast.parallel_edges import EdgePool, EdgeSlots
 
 
 class Recorded:
@@ -67,6 +67,15 @@ def test_a_failure_of_any_slots_is_the_pools(pool):
     assert pool.failure() is None
     late.text = "the edges of rank 1 did not come"
     assert pool.failure() == "the edges of rank 1 did not come"
+
+
+@pytest.mark.parametrize(
+    ("rank", "neighbours"), [(0, (None, 1)), (1, (0, None)), (2, (None, None)), (3, (None, None))]
+)
+def test_ranks_without_a_strip_have_no_neighbours(rank, neighbours):
+    mesh = Ranks(4, 512).slots[rank].mesh
+    slots = EdgeSlots(mesh, 512, among=2)
+    assert (slots.before, slots.after) == neighbours
 
 
 def test_real_slots_are_made_at_the_next_power_of_two():

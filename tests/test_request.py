@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from engine_fixtures import ids, noise, picture, request
 
+from cosmos3_fast import checks
 from cosmos3_fast.checks import check
 from cosmos3_fast.config import TransformerConfig
 from cosmos3_fast.request import (
@@ -37,12 +39,13 @@ def test_latent_shape_of_pixels(pixels, latents):
     assert pixel_to_latent_shape(*pixels) == latents
 
 
-@pytest.mark.parametrize("pixels", [(0, 16, 16), (1, 0, 16), (1, 16, -1)], ids=str)
+@pytest.mark.parametrize("pixels", [(0, 16, 16), (1, 0, 16), (1, 16, -1), (True, 16, 16)], ids=str)
 def test_no_pixels_no_shape(pixels):
     with pytest.raises(ValueError, match="must be positive integers, got"):
         pixel_to_latent_shape(*pixels)
 
 
+PIXELS = {"cond_video_latents": None}
 GOOD = {
     "policy": {},
     "pixels": {"cond_video_latents": None, "cond_video_pixels": picture(1, 3, 1, 80, 96)},
@@ -71,6 +74,10 @@ GOOD = {
     },
     "unconditional prompt not needed": {"guidance_scale": 1.0, "neg_text_ids": None},
     "interval": {"guidance_interval": (0, 1000)},
+    "longest prompt, largest offset": {"text": ids(4096), "action_frame_offset": 1 << 20},
+    "least offset": {"action_frame_offset": -(1 << 20)},
+    "pixels that are not read": PIXELS
+    | {"cond_video_pixels": F.pad(picture(1, 3, 1, 80, 96), (0,) * 5 + (4,), value=2.0)},
     "state rows": {"clean_action": noise(1, 3, 10), "action_frame_offset": -2},
     "int32 ids": {"text": ids(5).int()},
     "largest seed": {"seed": 2**32 - 1},
@@ -99,8 +106,12 @@ def test_what_is_no_request_is_refused(given):
         check(given, CONFIG, has_encoder=True)
 
 
+def test_as_many_tokens_as_may_be_pass(monkeypatch):
+    monkeypatch.setattr(checks, "MAX_TOKENS", layout(request(), CONFIG).tokens)
+    check(request(), CONFIG, has_encoder=True)
+
+
 FORWARD = {"mode": "forward_dynamics"}
-PIXELS = {"cond_video_latents": None}
 BAD = {
     "mode": ({"mode": "plan"}, "mode must be one of .*policy.*got 'plan'"),
     "no steps": (
@@ -181,8 +192,17 @@ BAD = {
     ),
     "inf pixels": (
         PIXELS | {"cond_video_pixels": torch.full((1, 3, 1, 80, 96), float("inf"))},
-        "cond_video_pixels holds values that are not finite",
+        r"must be uint8 or lie in \[-1, 1\], got inf to inf",
     ),
+    "pixels too far outside": (
+        PIXELS | {"cond_video_pixels": torch.full((1, 3, 1, 80, 96), 1.01)},
+        r"must be uint8 or lie in \[-1, 1\], got 1.01 to 1.01",
+    ),
+    "pixels of odd width": (
+        PIXELS | {"cond_video_pixels": picture(1, 3, 1, 80, 97)},
+        "must be a multiple of 16 high and wide, got 80x97",
+    ),
+    "low offset": ({"action_frame_offset": -(1 << 20) - 1}, "offset must be .* got -1048577"),
     "action_dim": ({"action_dim": 32}, "action_dim must be the model's 64, got 32"),
     "raw 0": ({"raw_action_dim": 0}, r"raw_action_dim must be an integer in \[1, 64\], got 0"),
     "raw 65": ({"raw_action_dim": 65}, r"raw_action_dim must be an integer in \[1, 64\], got 65"),
@@ -353,8 +373,9 @@ def test_clean_frames_of_a_mode(changes, frames):
             {"clean_action": noise(1, 1, 10), "action_frame_offset": 5},
             {"rows": 5, "offset": 5},
         ),
+        ({"action_frame_offset": 0}, {"rows": 4, "offset": 0}),
     ],
-    ids=["policy", "forward", "state row", "state rows in forward", "offset"],
+    ids=["policy", "forward", "state row", "state rows in forward", "offset", "offset 0"],
 )
 def test_rows_of_a_layout(changes, expected):
     got = dataclasses.asdict(layout(request(**changes), CONFIG))

@@ -134,7 +134,12 @@ def test_schedule_is_named_by_argument_then_flag_then_files(schedule, karras, fi
         (lambda: sampler.sigmas("karras", 2000, **NANO), "too many"),
         (lambda: sampler.sigmas("karras", 4), "sigma_min"),
         (lambda: sampler.sigmas("karras", 4, sigma_min=2.0, sigma_max=1.0), "sigma_min"),
+        (lambda: sampler.sigmas("karras", 1, sigma_min=0.0, sigma_max=2.0), "0 < sigma_min <"),
+        (lambda: sampler.sigmas("karras", 1, sigma_min=2.0, sigma_max=2.0), "0 < sigma_min <"),
+        (lambda: sampler.sigmas("karras", 3, sigma_min=1e-46, sigma_max=2.0), "must differ"),
+        (lambda: sampler.sigmas("flow", 4, shift=float("inf")), "positive and finite"),
         (lambda: sampler.sigmas("flow", 4, shift=0.0), "shift"),
+        (lambda: sampler.sigmas("flow", 3, shift=1e-17), "shift of 1e-17 is too small"),
         (lambda: sampler.sigmas("flow", 4, shift=float("nan")), "shift"),
     ],
 )

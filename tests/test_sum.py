@@ -20,7 +20,7 @@ from sum_cases import EPS, Ranks, apart, error, inputs, share, truth
 from cosmos3_fast import _C, ops, parallel_sum
 from cosmos3_fast.config import ParallelConfig
 from cosmos3_fast.ops.sum_norm import sum_add_rms_norm
-from cosmos3_fast.parallel import Mesh, Symmetric
+from cosmos3_fast.parallel import TWO_SHOT_BYTES, Mesh, Symmetric
 from cosmos3_fast.parallel_sum import RowSums, SumMemory
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -207,6 +207,13 @@ def test_a_rank_that_never_comes_ends_the_wait_and_reset_starts_over(device):
     assert error(normed[1], truth(parts, residual, weight)[1]) < 0.01
 
 
+def test_a_late_rank_has_its_number_in_the_launch():
+    memory = Ranks(2, 4, 64).memory[0]
+    memory.mesh.rank = 2  # of the second guidance branch
+    memory.state[2] = 0b10  # csrc/sum.h: State
+    assert memory.failure().startswith("rank 2: the products of rank 3 did not come")
+
+
 REFUSED = {
     "another part": (lambda m, x: {"part": x}, r"part torch.bfloat16 \[4, 64\] is not the ranks'"),
     "another residual": (lambda m, x: {"whole": True, "residual": x}, "residual .* is not the"),
@@ -303,9 +310,33 @@ def test_the_choice_follows_from_sizes_and_the_mesh(monkeypatch):
     assert not fused(128, 4096, collective="nccl")
     assert fused(4096, 4096, collective="symmetric")
     assert not fused(8, 4096, size=4) and fused(8, 4096, size=4, collective="symmetric")
-    assert not fused(8, 4095) and not fused(1, 16392) and not fused(8, 64, torch.float64)
+    assert not fused(8, 4095) and not fused(8, 64, torch.float64)
+    assert fused(1, 16384) and not fused(1, 16392)
     assert not fused(8, 4096, size=1, collective="symmetric")
-    assert [given[1] for given in made] == [128, 4096, 8]
+    assert [given[1] for given in made] == [128, 4096, 8, 1]
+
+
+def test_a_two_shot_sum_stays_on_its_axis_and_within_its_table():
+    limit, x = TWO_SHOT_BYTES[2], torch.zeros(4)
+    mesh = Mesh(torch.device("cuda", 0), cfg_size=2, tp_size=2)
+    assert mesh.two_shot(limit) and not mesh.two_shot(limit + 1)
+    mesh._registered[x.untyped_storage().data_ptr()] = Symmetric(x, (0, 0), "tp")
+    assert mesh._two_shot(x, "tp") and not mesh._two_shot(x, "cfg")
+    branches = Mesh(torch.device("cuda", 0), cfg_size=2, collective="symmetric")
+    assert branches.peers("cfg") and not branches.peers("tp")
+
+
+def test_a_part_of_each_dtype_has_memory_of_its_own(monkeypatch):
+    mesh = Mesh(torch.device("cuda", 0), tp_size=2)
+    monkeypatch.setattr(parallel_sum, "FUSED_BYTES", {})
+    monkeypatch.setattr(
+        mesh,
+        "symmetric",
+        lambda shape, dtype, axis: Symmetric(torch.zeros(shape, dtype=dtype), (), axis),
+    )
+    sums, kinds = RowSums(mesh), (torch.float32, torch.bfloat16)
+    assert [sums.part(3, 64, dtype).dtype for dtype in kinds] == [*kinds]
+    assert sums.part(3, 64, torch.float32).data_ptr() == sums.part(4, 64, torch.float32).data_ptr()
 
 
 def test_the_log_names_what_sums_over_ranks(monkeypatch):

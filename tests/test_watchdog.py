@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext, suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,16 @@ from ranks import Launch, argument, reached, run_cases
 
 from cosmos3_fast.config import ParallelConfig
 from cosmos3_fast.parallel import Mesh
-from cosmos3_fast.watchdog import EXIT_STATUS, Watchdog
+from cosmos3_fast.watchdog import (
+    CLOSED,
+    ENDED,
+    EXIT_STATUS,
+    FAILED,
+    IDLE,
+    RUNNING,
+    Sign,
+    Watchdog,
+)
 
 DEADLINE = 3.0
 # name: (what happens, to which rank, the cause that the survivors give)
@@ -138,6 +148,110 @@ def test_the_message_names_the_request_and_the_step_that_hang(outcomes) -> None:
 def test_nothing_happens_while_all_is_well() -> None:
     for got in run_cases(2, [case_well])["case_well"]:
         assert got["errors"] == ["refused", "not finite"]
+
+
+NOW = 1000.0
+IN_IT = (RUNNING, 5, 2.0, 0.1)  # state, request, seconds in that state, seconds since the last sign
+AT_REST = (IDLE, 4, 9.0, 0.1)
+GONE = (CLOSED, 4, 9.0, 9.0)
+LATE = "request 5 has run 3.5 s, past its deadline of 3 s: "
+# name: (who judges, what it knows of every rank, seconds since the store's answer, its loss, cause)
+JUDGED = {
+    "all well": (1, [IN_IT, IN_IT, IN_IT], 0.1, "", ""),
+    "a silent rank": (
+        *(1, [IN_IT, IN_IT, (RUNNING, 5, 2.0, 1.5)], 0.1, ""),
+        "no sign of rank 2 for 1.5 s",
+    ),
+    "a silent store makes all ranks look silent": (
+        *(0, [IN_IT, (RUNNING, 5, 2.0, 1.5), (RUNNING, 5, 2.0, 1.5)], 1.5, ""),
+        "no sign of rank 0 for 1.5 s: its store (or torchrun's) does not answer",
+    ),
+    "a rank that has closed": (1, [AT_REST, AT_REST, GONE], 0.1, "", ""),
+    "a lost store": (
+        *(1, [AT_REST, AT_REST, AT_REST], 0.1, "reset by peer"),
+        "no sign of rank 0: its store (or torchrun's) is gone: reset by peer",
+    ),
+    "a store lost after rank 0 has closed": (1, [GONE, AT_REST, AT_REST], 0.1, "reset", ""),
+    "a failed rank": (
+        *(1, [IN_IT, IN_IT, (FAILED, 5, 0.6, 0.1)], 0.1, ""),
+        "rank 2 failed in request 5",
+    ),
+    "a rank that failed long before this request": (
+        *(1, [IN_IT, (RUNNING, 5, 0.1, 0.1), (FAILED, 4, 9.0, 0.1)], 0.1, ""),
+        "",
+    ),
+    "a failed rank, and one that may have died before": (
+        *(1, [(RUNNING, 5, 2.0, 0.3), IN_IT, (FAILED, 5, 0.6, 0.1)], 0.1, ""),
+        "",
+    ),
+    "a rank in another request": (
+        *(1, [(RUNNING, 5, 3.5, 0.1), (RUNNING, 5, 3.5, 0.1), (RUNNING, 4, 3.5, 0.1)], 0.1, ""),
+        LATE + "rank 2 is not in it (request 4, running)",
+    ),
+}
+
+
+def _watchdog(rank: int, size: int = 3) -> Watchdog:
+    """Of a launch that is not there: without threads, to be asked for its judgement."""
+    mesh = SimpleNamespace(rank=rank, world_size=size, channel=None)
+    return Watchdog(mesh, deadline=3.0, silence=1.0)  # type: ignore[arg-type]
+
+
+def _know(watchdog: Watchdog, signs: list[tuple[str, int, float, float]], answered: float) -> None:
+    watchdog._answered = NOW - answered
+    watchdog._signs = [
+        Sign(state=state, step=step, since=NOW - since, seen=NOW - seen)
+        for state, step, since, seen in signs
+    ]
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_the_cause_follows_from_the_signs(name) -> None:
+    rank, signs, answered, lost, cause = JUDGED[name]
+    watchdog = _watchdog(rank)
+    _know(watchdog, signs, answered)
+    watchdog._lost = lost
+    assert watchdog._cause(NOW) == cause
+
+
+def test_a_longer_deadline_is_that_of_one_request() -> None:
+    watchdog = _watchdog(0)
+    watchdog.begin(1, deadline=600.0)
+    watchdog.begin(2)
+    _know(watchdog, [(RUNNING, 2, 3.5, 0.1)] * 3, answered=0.1)
+    assert "past its deadline of 3 s" in watchdog._cause(NOW)
+
+
+def test_a_note_does_not_start_the_deadline_again() -> None:
+    watchdog = _watchdog(1)
+    _know(watchdog, [(RUNNING, 5, 3.5, 0.1)] * 3, answered=0.1)
+    watchdog.note("step 2 of 4")
+    late = "request 5, step 2 of 4, has run 3.5 s, past its deadline of 3 s: all ranks are in it"
+    assert watchdog._cause(NOW) == late
+
+
+def test_a_rank_that_ends_itself_says_nothing_else() -> None:
+    """Its main thread may come to the end of the request meanwhile."""
+    watchdog = _watchdog(1)
+    watchdog._set(ENDED, 5, "no sign of rank 2")
+    watchdog.end()
+    assert (watchdog._signs[1].state, watchdog._signs[1].text) == (ENDED, "no sign of rank 2")
+
+
+def test_a_process_that_was_stopped_blames_nobody(monkeypatch) -> None:
+    """Between two looks 9 s pass, in which no sign could come."""
+    watchdog, clock, causes = _watchdog(1), [NOW], []
+    _know(watchdog, [IN_IT] * 3, answered=0.1)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watchdog, "_end_process", causes.append)
+
+    def wait(_: float) -> bool:
+        clock[0] += 9.0 if clock[0] == NOW else 0.05
+        return clock[0] > NOW + 9.1
+
+    monkeypatch.setattr(watchdog._stop, "wait", wait)
+    watchdog._judge()
+    assert causes == []
 
 
 def test_one_rank_has_no_watchdog_threads() -> None:
