@@ -7,6 +7,8 @@ in between, so does the reference. `conv_input` and `conv_edges` are in `referen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ __all__ = [
     "causal_attention",
     "gate_up_silu",
     "image_to_tensor",
+    "interleave_add",
     "legacy_normal",
     "qk_norm_rope",
     "rms_norm",
@@ -197,6 +200,39 @@ def unipc_step(
     x0_prev.copy_(x0)
     sample.copy_(torch.where(noisy.bool(), following, clean))
     model_in.copy_(sample)
+
+
+def interleave_add(
+    phases: Sequence[torch.Tensor],
+    source: torch.Tensor,
+    *,
+    time: int,
+    first: bool,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Four phases [T, O, h + 1, w + 1] and source [1, I, S, h, w] -> [1, O, T, 2 h, 2 w].
+
+    With p, q = divmod(phase's number, 2), pixel (2 i + p, 2 j + q) of the channels-last result is
+    phase (p, q) at (i + p, j + q) plus source at (i, j), rounded once. Frames (s, a), a < time, of
+    source frame s follow one another; where the group is the `first`, source frame 0 has the last
+    alone: T = S time - (time - 1 if first else 0). Channel o reads source channel
+    ((o time + a) 4 + 2 p + q) // (4 time O / I); I / O divides 4 time.
+    """
+    frames, channels = phases[0].shape[:2]
+    into, height, width = source.shape[1], *source.shape[3:]
+    share, lead = into // channels, time - 1 if first else 0
+    if out is None:
+        shape = (1, channels, frames, 2 * height, 2 * width)
+        kind = {"dtype": source.dtype, "device": source.device}
+        out = torch.empty(shape, **kind, memory_format=torch.channels_last_3d)
+    for number in range(4 * time):
+        a, p, q = number // 4, number // 2 % 2, number % 2
+        begin = (a - lead) % time
+        phase = phases[2 * p + q][begin::time, :, p : p + height, q : q + width]
+        channel, frame = number * share // (4 * time), (begin + lead) // time
+        cells = source[0, channel::share, frame : frame + len(phase)].transpose(0, 1)
+        torch.add(phase, cells, out=out[0, :, begin::time, p::2, q::2].transpose(0, 1))
+    return out
 
 
 def image_to_tensor(frames: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ _TRITON = {  # operation -> module of cosmos3_fast.kernels that holds its launch
     "gate_up_silu": "gate_up_silu",
     "timestep_add": "timestep_add",
     "unipc_step": "unipc_step",
+    "interleave_add": "interleave_add",
 }
 _forced = False
 
@@ -213,6 +214,15 @@ def unipc_step(
     """
     run = _pick("unipc_step", sample)
     run(velocity, sample, last_sample, x0_prev, x0_prev2, clean, noisy, coef, step, model_in)
+
+
+def interleave_add(
+    phases: Sequence[torch.Tensor], source: torch.Tensor, *, time: int, first: bool
+) -> torch.Tensor:
+    """Four phases [T, O, h + 1, w + 1] interleaved, plus the duplicated source [1, I, S, h, w] ->
+    [1, O, T, 2 h, 2 w] in channels_last_3d.
+    """
+    return _pick("interleave_add", source)(phases, source, time=time, first=first)
 
 
 def conv_input(

@@ -153,20 +153,18 @@ class CausalConv(nn.Module):
         return Pending(F.conv3d(flow.carry(self, padded, history), self.weight), self.bias)
 
 
-class PlaneConv(nn.Module):
-    """3x3 convolution of every frame by itself, bias left pending."""
+class HalvingConv(nn.Module):
+    """3x3 convolution with stride 2 of every frame by itself, bias left pending."""
 
-    def __init__(self, place: Place, into: int, out: int, *, stride: int = 1) -> None:
+    def __init__(self, place: Place, into: int, out: int) -> None:
         super().__init__()
         self.weight = place.parameter(out, into, 3, 3)
         self.bias = place.wide.parameter(out)
-        self.stride = stride
 
-    def forward(self, x: Pending, flow: Flow, *, prologue: str) -> Pending:
-        """Stride 2 pads right and bottom only, so it needs the next strip's edge alone."""
-        pad = BORDER if self.stride == 1 else RIGHT_BOTTOM
-        padded = flow.strips.padded(x.x, prologue=prologue, bias=x.bias, pad=pad)
-        frames = F.conv2d(padded[0].transpose(0, 1), self.weight, stride=self.stride)
+    def forward(self, x: Pending, flow: Flow) -> Pending:
+        """Pads right and bottom only, so it needs the next strip's edge alone."""
+        padded = flow.strips.padded(x.x, prologue="none", bias=x.bias, pad=RIGHT_BOTTOM)
+        frames = F.conv2d(padded[0].transpose(0, 1), self.weight, stride=2)
         return Pending(frames.transpose(0, 1)[None], self.bias)
 
 

@@ -16,11 +16,11 @@ from torch import nn
 from cosmos3_fast.config import VAEConfig
 from cosmos3_fast.vae.blocks import (
     CausalConv,
+    HalvingConv,
     MidBlock,
     Norm,
     Pending,
     Place,
-    PlaneConv,
     Stage,
     TimeConv,
     res_blocks,
@@ -59,11 +59,11 @@ class Downsample(nn.Module):
 
     def __init__(self, place: Place, width: int, time: bool) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": PlaneConv(place, width, width, stride=2)})
+        self.resample = nn.ModuleDict({"1": HalvingConv(place, width, width)})
         self.time_conv = TimeConv(place, width, width) if time else None
 
     def forward(self, x: Pending, flow: Flow) -> Pending:
-        x = self.resample["1"](x, flow, prologue="none")
+        x = self.resample["1"](x, flow)
         return x if self.time_conv is None else self._halve_frames(x, self.time_conv, flow)
 
     def _halve_frames(self, x: Pending, conv: TimeConv, flow: Flow) -> Pending:
