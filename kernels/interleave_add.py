@@ -22,10 +22,35 @@ TILES = {2: (1024, 4), 4: (1024, 8)}
 
 
 @triton.jit
-def _picked(shares, index, SHARE: tl.constexpr):
-    """Column `index` of shares [BLOCK, SHARE]."""
-    column = tl.arange(0, SHARE)[None, :]
-    return tl.sum(tl.where(column == index, shares, 0.0), axis=1)
+def _add_phase(
+    phase_ptr,
+    out_ptr,
+    source,
+    frame,
+    row,
+    part,
+    at,
+    inside,
+    height,
+    width,
+    PHASE: tl.constexpr,
+    TIME: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SHARE: tl.constexpr,
+):
+    """One phase of a block; source [BLOCK], or [BLOCK, SHARE] to pick from."""
+    p: tl.constexpr = PHASE // 2
+    q: tl.constexpr = PHASE % 2
+    if SHARE > 1:
+        pick = (4 * part + PHASE) * SHARE // (4 * TIME)
+        shares = tl.arange(0, SHARE)[None, :]
+        source = tl.sum(tl.where(shares == pick, source, 0.0), axis=1)
+    place = (frame * (height + 1) + row + p) * (width + 1) + q
+    value = tl.load(phase_ptr + place * CHANNELS + at, mask=inside, other=0.0)
+    total = (value.to(tl.float32) + source).to(value.dtype)
+    place = (2 * (frame * height + row) + p) * (2 * width) + q
+    cell = at + at // CHANNELS * CHANNELS  # in a line of out, where cells are two pixels apart
+    tl.store(out_ptr + place * CHANNELS + cell, total, mask=inside)
 
 
 @triton.jit
@@ -45,39 +70,33 @@ def _interleave_add_kernel(
     SHARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    line = tl.program_id(0) // blocks
-    start = tl.program_id(0) % blocks * BLOCK
-    frame, row = line // height, line % height
-    size = width * CHANNELS  # values of a line of one phase; position j * CHANNELS + o in it
+    line, start = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
+    frame, row = (line // height).to(tl.int64), line % height
+    source_frame, part = (frame + lead) // TIME, (frame + lead) % TIME
+    size = width * CHANNELS  # values of a line of one phase, number j * CHANNELS + o
     at = start + tl.arange(0, BLOCK)
     inside = at < size
-    source_frame, part = (frame + lead) // TIME, (frame + lead) % TIME
-    source_ptr += (source_frame * height + row).to(tl.int64) * size * SHARE
-    if SHARE == 1:
-        source = tl.load(source_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    else:
-        wide = start * SHARE + tl.arange(0, BLOCK * SHARE)
-        shares = tl.load(source_ptr + wide, mask=wide < size * SHARE, other=0.0)
-        shares = tl.reshape(shares.to(tl.float32), (BLOCK, SHARE))
-    cell = at + at // CHANNELS * CHANNELS  # in a line of out, where cells are two pixels apart
-    for phase in tl.static_range(4):
-        p: tl.constexpr = phase // 2
-        q: tl.constexpr = phase % 2
-        if phase == 0:
-            phase_ptr = phase_00_ptr
-        elif phase == 1:
-            phase_ptr = phase_01_ptr
-        elif phase == 2:
-            phase_ptr = phase_10_ptr
-        else:
-            phase_ptr = phase_11_ptr
-        place = (frame.to(tl.int64) * (height + 1) + row + p) * (width + 1) + q
-        value = tl.load(phase_ptr + place * CHANNELS + at, mask=inside, other=0.0)
-        if SHARE > 1:
-            source = _picked(shares, (4 * part + phase) * SHARE // (4 * TIME), SHARE)
-        total = (value.to(tl.float32) + source).to(value.dtype)
-        place = (2 * line.to(tl.int64) + p) * (2 * width) + q
-        tl.store(out_ptr + place * CHANNELS + cell, total, mask=inside)
+    source_ptr += (source_frame * height + row) * size * SHARE
+    wide = start * SHARE + tl.arange(0, BLOCK * SHARE)
+    source = tl.load(source_ptr + wide, mask=wide < size * SHARE, other=0.0).to(tl.float32)
+    if SHARE > 1:
+        source = tl.reshape(source, (BLOCK, SHARE))
+    _add_phase(
+        phase_00_ptr, out_ptr, source, frame, row, part, at, inside, height, width,
+        0, TIME, CHANNELS, SHARE,
+    )  # fmt: skip
+    _add_phase(
+        phase_01_ptr, out_ptr, source, frame, row, part, at, inside, height, width,
+        1, TIME, CHANNELS, SHARE,
+    )  # fmt: skip
+    _add_phase(
+        phase_10_ptr, out_ptr, source, frame, row, part, at, inside, height, width,
+        2, TIME, CHANNELS, SHARE,
+    )  # fmt: skip
+    _add_phase(
+        phase_11_ptr, out_ptr, source, frame, row, part, at, inside, height, width,
+        3, TIME, CHANNELS, SHARE,
+    )  # fmt: skip
 
 
 def interleave_add(

@@ -28,6 +28,9 @@ KERNELS = (
     "timestep_add",
     "unipc_step-1-branch",
     "unipc_step-2-branches",
+    "interleave_add-1024",
+    "interleave_add-512",
+    "interleave_add-float32",
 )
 
 
@@ -36,6 +39,7 @@ def settings(name: str):
     from cosmos3_fast.kernels import (
         attention,
         causal_attention,
+        interleave_add,
         qk_norm_rope,
         rms_norm,
         silu_mul,
@@ -67,6 +71,12 @@ def settings(name: str):
         constants = {"GUIDED": variant == "2-branches", "BLOCK": block}
         return unipc_step._unipc_step_kernel, types, constants, warps
     size = 4 if variant == "float32" else 2
+    if op == "interleave_add":  # of D: 1024 channels and frames doubled, from 1024 to 512 without
+        block, warps = interleave_add.TILES[size]
+        constants = {"TIME": 2, "CHANNELS": 1024, "SHARE": 1, "BLOCK": block}
+        if variant == "512":
+            constants |= {"TIME": 1, "CHANNELS": 512, "SHARE": 2}
+        return interleave_add._interleave_add_kernel, {}, constants, warps
     constants, types = {"GROUP": 4, "DIM": 128}, {"scale": "fp32"}
     if op == "causal_attention":
         tile = causal_attention.tile_for(int(variant), 2) if size == 2 else causal_attention.FLOAT32

@@ -234,6 +234,71 @@ def test_qk_norm_rope(queries, keys, dim, rows, dtype):
     guarded.check()
 
 
+# Channels out and in, time, source frames, height, width: the decoder's two kinds of shortcut, with
+# blocks that are not full, and every other share of channels.
+INTERLEAVED = {
+    "uniform-time-2": (64, 64, 2, 3, 3, 5),
+    "rows-share-2": (32, 64, 1, 2, 5, 7),
+    "wide-lines": (1024, 1024, 2, 2, 2, 3),
+    "share-2-time-2": (7, 14, 2, 2, 3, 1),
+    "share-4-time-1": (63, 252, 1, 1, 1, 33),
+    "share-4-time-2": (3, 12, 2, 3, 2, 9),
+    "share-8-time-2": (33, 264, 2, 1, 1, 5),
+    "one-of-everything": (1, 1, 1, 1, 1, 1),
+}
+
+
+def interleaved(case, first, make):
+    """Phases, NaN where no pixel reads them, and the source; the size of the result's memory."""
+    channels, into, time, sources, height, width = case
+    frames = sources * time - (time - 1 if first else 0)
+    phases = []
+    for p, q in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        read = make(frames, height, width, channels)
+        whole = read.new_full((frames, height + 1, width + 1, channels), torch.nan)
+        whole[:, p : p + height, q : q + width] = read
+        phases.append(whole.permute(0, 3, 1, 2))
+    source = make(sources, height, width, into).permute(3, 0, 1, 2)[None]
+    return phases, source, (frames, 2 * height, 2 * width, channels)
+
+
+@interpreted
+@dtypes
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("case", INTERLEAVED)
+def test_interleave_add(case, first, dtype):
+    time = INTERLEAVED[case][2]
+    make = functools.partial(random, dtype=dtype)
+    phases, source, shape = interleaved(INTERLEAVED[case], first, make)
+    guarded = Guarded()
+    out = guarded(*shape, dtype=dtype).permute(3, 0, 1, 2)[None]
+    run = kernel("interleave_add").interleave_add
+    assert run(phases, source, time=time, first=first, out=out) is out
+    eager = reference.interleave_add(phases, source, time=time, first=first)
+    assert torch.isfinite(eager).all() and torch.equal(out, eager)
+    truth = reference.interleave_add(double(*phases), source.double(), time=time, first=first)
+    assert_close(out, eager, truth)
+    guarded.check()
+    small = run(phases, source, time=time, first=first, tile=(16, 1))
+    assert torch.equal(small, eager)
+
+
+@interpreted
+def test_interleave_add_refuses_shapes_that_do_not_agree():
+    run = kernel("interleave_add").interleave_add
+    phases, source, _ = interleaved(INTERLEAVED["uniform-time-2"], True, random)
+    for wrong in (
+        lambda: run(phases, source, time=2, first=False),
+        lambda: run(phases, source, time=1, first=True),
+        lambda: run(phases[:3], source, time=2, first=True),
+        lambda: run(phases, source[:, :48], time=2, first=True),
+        lambda: run(phases, source[..., 1:], time=2, first=True),
+        lambda: run(phases, source.half(), time=2, first=True),
+    ):
+        with pytest.raises(AssertionError):
+            wrong()
+
+
 # B, M, N, capacity, UND lengths, Hq, Hk, D
 ATTENTION = {
     "one-of-everything": (1, 1, 1, 1, [1], 2, 1, 16),

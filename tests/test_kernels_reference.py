@@ -5,6 +5,7 @@ The Triton kernels are held to the reference, so this is what ties them to the f
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -167,3 +168,23 @@ def test_image_to_tensor_keeps_channels_last():
     got = reference.image_to_tensor(frames)
     assert got.shape == (3, 2, 3, 5) and got.permute(1, 2, 3, 0).is_contiguous()
     assert got[2, 1, 2, 4].item() == pytest.approx(frames[1, 2, 4, 2].item() / 127.5 - 1, abs=1e-7)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize(
+    ("out", "into", "time"), [(4, 4, 2), (4, 8, 1), (2, 4, 2), (3, 12, 2), (1, 8, 2), (3, 3, 1)]
+)
+def test_interleave_add_place_by_place(out, into, time, first):
+    sources, height, width = 3, 2, 3
+    lead = time - 1 if first else 0
+    frames = sources * time - lead
+    phases = random(4, frames, out, height + 1, width + 1)
+    source = random(1, into, sources, height, width, seed=1)
+    got = reference.interleave_add(phases.unbind(), source, time=time, first=first)
+    assert got.shape == (1, out, frames, 2 * height, 2 * width)
+    assert got.is_contiguous(memory_format=torch.channels_last_3d)
+    repeats = out * 4 * time // into
+    for o, t, y, x in itertools.product(*(range(n) for n in got.shape[1:])):
+        (s, a), (i, p), (j, q) = divmod(t + lead, time), divmod(y, 2), divmod(x, 2)
+        copied = source[0, ((o * time + a) * 4 + 2 * p + q) // repeats, s, i, j]
+        assert got[0, o, t, y, x] == phases[2 * p + q, t, o, i + p, j + q] + copied
