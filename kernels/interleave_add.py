@@ -22,35 +22,13 @@ TILES = {2: (1024, 4), 4: (1024, 8)}
 
 
 @triton.jit
-def _add_phase(
-    phase_ptr,
-    out_ptr,
-    source,
-    frame,
-    row,
-    part,
-    at,
-    inside,
-    height,
-    width,
-    PHASE: tl.constexpr,
-    TIME: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    SHARE: tl.constexpr,
-):
-    """One phase of a block; source [BLOCK], or [BLOCK, SHARE] to pick from."""
-    p: tl.constexpr = PHASE // 2
-    q: tl.constexpr = PHASE % 2
+def _picked(source, part, PHASE: tl.constexpr, TIME: tl.constexpr, SHARE: tl.constexpr):
+    """What a phase adds: source [BLOCK] itself, or its column of source [BLOCK, SHARE]."""
     if SHARE > 1:
-        pick = (4 * part + PHASE) * SHARE // (4 * TIME)
         shares = tl.arange(0, SHARE)[None, :]
-        source = tl.sum(tl.where(shares == pick, source, 0.0), axis=1)
-    place = (frame * (height + 1) + row + p) * (width + 1) + q
-    value = tl.load(phase_ptr + place * CHANNELS + at, mask=inside, other=0.0)
-    total = (value.to(tl.float32) + source).to(value.dtype)
-    place = (2 * (frame * height + row) + p) * (2 * width) + q
-    cell = at + at // CHANNELS * CHANNELS  # in a line of out, where cells are two pixels apart
-    tl.store(out_ptr + place * CHANNELS + cell, total, mask=inside)
+        mine = (4 * part + PHASE) * SHARE // (4 * TIME)
+        source = tl.sum(tl.where(shares == mine, source, 0.0), axis=1)
+    return source
 
 
 @triton.jit
@@ -81,22 +59,25 @@ def _interleave_add_kernel(
     source = tl.load(source_ptr + wide, mask=wide < size * SHARE, other=0.0).to(tl.float32)
     if SHARE > 1:
         source = tl.reshape(source, (BLOCK, SHARE))
-    _add_phase(
-        phase_00_ptr, out_ptr, source, frame, row, part, at, inside, height, width,
-        0, TIME, CHANNELS, SHARE,
-    )  # fmt: skip
-    _add_phase(
-        phase_01_ptr, out_ptr, source, frame, row, part, at, inside, height, width,
-        1, TIME, CHANNELS, SHARE,
-    )  # fmt: skip
-    _add_phase(
-        phase_10_ptr, out_ptr, source, frame, row, part, at, inside, height, width,
-        2, TIME, CHANNELS, SHARE,
-    )  # fmt: skip
-    _add_phase(
-        phase_11_ptr, out_ptr, source, frame, row, part, at, inside, height, width,
-        3, TIME, CHANNELS, SHARE,
-    )  # fmt: skip
+    # All loads before the first store, which may alias them for all that the compiler knows.
+    above = (frame * (height + 1) + row) * (width + 1) * CHANNELS + at
+    below = above + (width + 1) * CHANNELS
+    value_00 = tl.load(phase_00_ptr + above, mask=inside, other=0.0)
+    value_01 = tl.load(phase_01_ptr + above + CHANNELS, mask=inside, other=0.0)
+    value_10 = tl.load(phase_10_ptr + below, mask=inside, other=0.0)
+    value_11 = tl.load(phase_11_ptr + below + CHANNELS, mask=inside, other=0.0)
+    kind = value_00.dtype
+    total_00 = (value_00.to(tl.float32) + _picked(source, part, 0, TIME, SHARE)).to(kind)
+    total_01 = (value_01.to(tl.float32) + _picked(source, part, 1, TIME, SHARE)).to(kind)
+    total_10 = (value_10.to(tl.float32) + _picked(source, part, 2, TIME, SHARE)).to(kind)
+    total_11 = (value_11.to(tl.float32) + _picked(source, part, 3, TIME, SHARE)).to(kind)
+    # In a line of out the cells are two pixels apart.
+    even = out_ptr + (frame * height + row) * 4 * size + at + at // CHANNELS * CHANNELS
+    odd = even + 2 * size
+    tl.store(even, total_00, mask=inside)
+    tl.store(even + CHANNELS, total_01, mask=inside)
+    tl.store(odd, total_10, mask=inside)
+    tl.store(odd + CHANNELS, total_11, mask=inside)
 
 
 def interleave_add(
