@@ -47,7 +47,6 @@ def halo_wait(
     *,
     out: int,
     dtype: int,
-    prologue: int,
     channels: int,
     frames: int,
     height: int,

@@ -59,38 +59,33 @@ void copy_place(void* base, int64_t place, const T* from, int channels) {
 }
 
 template <typename T>
-void write_cell(const Write& write, const Cell& cell, char* const (&slot)[2], T* result) {
+void write_place(const Write& write, int64_t index, char* const (&slot)[2], T* result) {
     const Plan& plan = write.plan;
-    const bool padding = is_padding(plan, cell);
-    if (!padding)
-        compute(write, static_cast<const T*>(write.x) + source_place(plan, cell) * plan.channels,
-                result);
-    for (int row = cell.y.out; row < cell.y.out + cell.y.count; ++row) {
-        for (int column = cell.x.out; column < cell.x.out + cell.x.count; ++column) {
-            const T* from = result;
-            if (padding) {
-                const Borrowed borrowed = borrow(write, cell.frame, row, column);
-                from = static_cast<const T*>(borrowed.from);
-                if (from) from += borrowed.place * plan.channels;
-            }
-            copy_place(write.out, out_place(plan, cell.frame, row, column), from, plan.channels);
-            for (int side = kBefore; side <= kAfter && !padding; ++side) {
-                if (slot[side] == nullptr) continue;
-                const int64_t to = sent_place(plan, Side(side), cell.frame, row, column);
-                if (to >= 0) copy_place(slot[side], to, result, plan.channels);
-            }
-        }
+    const Place place = locate(plan, uint32_t(index));
+    if (is_padding(plan, place)) {
+        const Borrowed borrowed = borrow(write, place);
+        const T* from = static_cast<const T*>(borrowed.from);
+        if (from) from += borrowed.place * plan.channels;
+        return copy_place(write.out, index, from, plan.channels);
+    }
+    compute(write, static_cast<const T*>(write.x) + source_place(plan, place) * plan.channels,
+            result);
+    copy_place(write.out, index, result, plan.channels);
+    for (int side = kBefore; side <= kAfter; ++side) {
+        if (slot[side] == nullptr) continue;
+        const int64_t to = sent_place(plan, Side(side), place);
+        if (to >= 0) copy_place(slot[side], to, result, plan.channels);
     }
 }
 
 template <typename T>
-void write_cells(const Write& write) {
+void write_places(const Write& write) {
     const uint32_t epoch = write.link.state ? write.link.state->epoch + 1 : 0;
     char* const slot[2] = {sent_slot(write.link, kBefore, epoch),
                            sent_slot(write.link, kAfter, epoch)};
     std::string result(sizeof(T) * write.plan.channels, '\0');
-    for (int64_t i = 0; i < write.plan.cells(); ++i)
-        write_cell(write, locate(write.plan, uint32_t(i)), slot, reinterpret_cast<T*>(&result[0]));
+    for (int64_t i = 0; i < write.plan.places(); ++i)
+        write_place(write, i, slot, reinterpret_cast<T*>(&result[0]));
     for (int side = kBefore; side <= kAfter && write.link.state; ++side) {
         if (write.link.peer[side] == nullptr) continue;
         uint32_t* to =
@@ -132,8 +127,8 @@ void check_plan(const Plan& plan) {
         plan.border(kBefore) > plan.border(kAfter) ? plan.border(kBefore) : plan.border(kAfter);
     COSMOS3_CHECK(plan.axis == 0 || widest <= plan.extent(),
                   "a strip of " + text(plan.extent()) + " cannot give an edge of " + text(widest));
-    const int64_t places = int64_t(plan.history + plan.frames) * plan.rows() * plan.columns();
-    COSMOS3_CHECK(places < int64_t(1) << 31, text(places) + " places are 2^31 or more");
+    COSMOS3_CHECK(plan.places() < int64_t(1) << 31,
+                  text(plan.places()) + " places are 2^31 or more");
 }
 
 void check_slots(const Plan& plan, int element_bytes, int64_t slot_bytes) {
@@ -146,13 +141,10 @@ void check_slots(const Plan& plan, int element_bytes, int64_t slot_bytes) {
                   "slot_bytes must be a multiple of 16, got " + text(slot_bytes));
 }
 
-Plan make_plan(int prologue, const std::array<int, 4>& shape, int history,
-               const std::array<int, 4>& pad, int axis) {
-    COSMOS3_CHECK(prologue >= kNone && prologue <= kNearest2x,
-                  "prologue must be 0, 1 or 2, got " + text(prologue));
-    const Plan plan = {shape[0], shape[1], shape[2], shape[3], prologue == kNearest2x ? 2 : 1,
-                       history,  pad[0],   pad[1],   pad[2],   pad[3],
-                       axis};
+Plan make_plan(const std::array<int, 4>& shape, int history, const std::array<int, 4>& pad,
+               int axis) {
+    const Plan plan = {shape[0], shape[1], shape[2], shape[3], history,
+                       pad[0],   pad[1],   pad[2],   pad[3],   axis};
     check_plan(plan);
     return plan;
 }
@@ -163,8 +155,10 @@ void halo_write(std::uintptr_t x, std::uintptr_t out, std::uintptr_t gamma, std:
                 int bottom, int axis, std::uintptr_t peer_before, std::uintptr_t peer_after,
                 int64_t slot_bytes, std::uintptr_t state, int device,
                 [[maybe_unused]] std::uintptr_t stream) {
-    const Plan plan = make_plan(prologue, {channels, frames, height, width}, history,
-                                {left, right, top, bottom}, axis);
+    COSMOS3_CHECK(prologue == kNone || prologue == kNormSilu,
+                  "prologue must be 0 or 1, got " + text(prologue));
+    const Plan plan =
+        make_plan({channels, frames, height, width}, history, {left, right, top, bottom}, axis);
     COSMOS3_CHECK(x && out, "x and out must not be null");
     COSMOS3_CHECK((prologue == kNormSilu) == (gamma != 0),
                   "gamma goes with norm_silu, and only with it");
@@ -194,13 +188,13 @@ void halo_write(std::uintptr_t x, std::uintptr_t out, std::uintptr_t gamma, std:
 #endif
 }
 
-void halo_wait(std::uintptr_t out, int dtype, int prologue, int channels, int frames, int height,
-               int width, int history, int left, int right, int top, int bottom, int axis,
+void halo_wait(std::uintptr_t out, int dtype, int channels, int frames, int height, int width,
+               int history, int left, int right, int top, int bottom, int axis,
                std::uintptr_t slots, int64_t slot_bytes, bool from_before, bool from_after,
                std::uintptr_t state, int64_t deadline_ns, int device,
                [[maybe_unused]] std::uintptr_t stream) {
-    const Plan plan = make_plan(prologue, {channels, frames, height, width}, history,
-                                {left, right, top, bottom}, axis);
+    const Plan plan =
+        make_plan({channels, frames, height, width}, history, {left, right, top, bottom}, axis);
     COSMOS3_CHECK(out && slots && state, "out, slots and state must not be null");
     COSMOS3_CHECK(slots % 16 == 0, "slots must be aligned to 16 bytes");
     COSMOS3_CHECK(deadline_ns >= 0, "deadline_ns must not be negative, got " + text(deadline_ns));
@@ -226,9 +220,9 @@ void halo_wait(std::uintptr_t out, int dtype, int prologue, int channels, int fr
 }  // namespace
 
 void write_cpu(const Write& write) {
-    if (write.dtype == kFloat32) return write_cells<Float32>(write);
-    if (write.dtype == kFloat16) return write_cells<Float16>(write);
-    write_cells<Bfloat16>(write);
+    if (write.dtype == kFloat32) return write_places<Float32>(write);
+    if (write.dtype == kFloat16) return write_places<Float16>(write);
+    write_places<Bfloat16>(write);
 }
 
 void wait_cpu(const Wait& wait) {
@@ -260,11 +254,11 @@ void bind_halo(pybind11::module_& module) {
                py::arg("slot_bytes") = 0, py::arg("state") = 0, py::arg("device"),
                py::arg("stream") = 0, py::call_guard<py::gil_scoped_release>());
     module.def("halo_wait", &halo_wait, py::kw_only(), py::arg("out"), py::arg("dtype"),
-               py::arg("prologue"), py::arg("channels"), py::arg("frames"), py::arg("height"),
-               py::arg("width"), py::arg("history"), py::arg("left"), py::arg("right"),
-               py::arg("top"), py::arg("bottom"), py::arg("axis"), py::arg("slots"),
-               py::arg("slot_bytes"), py::arg("from_before"), py::arg("from_after"),
-               py::arg("state"), py::arg("deadline_ns"), py::arg("device"), py::arg("stream") = 0,
+               py::arg("channels"), py::arg("frames"), py::arg("height"), py::arg("width"),
+               py::arg("history"), py::arg("left"), py::arg("right"), py::arg("top"),
+               py::arg("bottom"), py::arg("axis"), py::arg("slots"), py::arg("slot_bytes"),
+               py::arg("from_before"), py::arg("from_after"), py::arg("state"),
+               py::arg("deadline_ns"), py::arg("device"), py::arg("stream") = 0,
                py::call_guard<py::gil_scoped_release>());
     module.def("halo_buffer_bytes", &buffer_bytes, py::arg("slot_bytes"));
     module.attr("HALO_STATE_BYTES") = sizeof(State);

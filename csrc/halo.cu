@@ -21,7 +21,7 @@
 namespace cosmos3::halo {
 namespace {
 
-// Vectors of a cell that 32 lanes hold in registers: 1024 channels of any type, 1280 of 16 bits.
+// Vectors of a place that 32 lanes hold in registers: 1024 channels of any type, 1280 of 16 bits.
 template <typename T>
 constexpr int kMostVectors = sizeof(T) == 4 ? 256 : 160;
 
@@ -53,29 +53,22 @@ __device__ void release_edges(const Link& link) {
 }
 
 template <typename Unit>
-__device__ __forceinline__ void fill_padding(const Write& write, const Cell& cell, int units,
-                                             int lane, int lanes) {
-    const Plan& plan = write.plan;
-    for (int dy = 0; dy < cell.y.count; ++dy) {
-        for (int dx = 0; dx < cell.x.count; ++dx) {
-            const int row = cell.y.out + dy, column = cell.x.out + dx;
-            const Borrowed borrowed = borrow(write, cell.frame, row, column);
-            const Unit* from = static_cast<const Unit*>(borrowed.from);
-            Unit* to =
-                static_cast<Unit*>(write.out) + out_place(plan, cell.frame, row, column) * units;
-            for (int i = lane; i < units; i += lanes)
-                to[i] = from ? from[borrowed.place * units + i] : Unit{};
-        }
-    }
+__device__ __forceinline__ void fill_padding(const Write& write, const Place& place, uint32_t index,
+                                             int units, int lane, int lanes) {
+    const Borrowed borrowed = borrow(write, place);
+    const Unit* from = static_cast<const Unit*>(borrowed.from);
+    Unit* to = static_cast<Unit*>(write.out) + int64_t(index) * units;
+    for (int i = lane; i < units; i += lanes)
+        to[i] = from ? from[borrowed.place * units + i] : Unit{};
 }
 
-// A cell of x: kLanes threads hold its channels in kVectors 16-byte vectors each.
+// A place of x: kLanes threads hold its channels in kVectors 16-byte vectors each.
 template <typename T, int kLanes, int kVectors>
-__device__ __forceinline__ void compute_cell(const Write& write, const Cell& cell, int lane,
-                                             unsigned mask, uint4 (&raw)[kVectors]) {
+__device__ __forceinline__ void compute_place(const Write& write, const Place& place, int lane,
+                                              unsigned mask, uint4 (&raw)[kVectors]) {
     constexpr int kSize = kPerVector<T>;
     const int vectors = write.plan.channels / kSize;
-    const uint4* x = static_cast<const uint4*>(write.x) + source_place(write.plan, cell) * vectors;
+    const uint4* x = static_cast<const uint4*>(write.x) + source_place(write.plan, place) * vectors;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
         const int at = lane + k * kLanes;
@@ -131,47 +124,40 @@ __global__ void __launch_bounds__(kThreads) write_vectors(const __grid_constant_
     const int lane = threadIdx.x % kLanes, vectors = plan.channels / kPerVector<T>;
     const unsigned mask = (kLanes == 32 ? ~0u : (1u << (kLanes % 32)) - 1)
                           << (threadIdx.x % 32 / kLanes * kLanes);
-    const uint32_t cells = uint32_t(plan.cells()), stride = gridDim.x * (kThreads / kLanes);
-    for (uint32_t i = (blockIdx.x * kThreads + threadIdx.x) / kLanes; i < cells; i += stride) {
-        const Cell cell = locate(plan, i);
-        if (is_padding(plan, cell)) {
-            fill_padding<uint4>(write, cell, vectors, lane, kLanes);
+    const uint32_t places = uint32_t(plan.places()), stride = gridDim.x * (kThreads / kLanes);
+    for (uint32_t i = (blockIdx.x * kThreads + threadIdx.x) / kLanes; i < places; i += stride) {
+        const Place place = locate(plan, i);
+        if (is_padding(plan, place)) {
+            fill_padding<uint4>(write, place, i, vectors, lane, kLanes);
             continue;
         }
         uint4 raw[kVectors];
-        compute_cell<T, kLanes, kVectors>(write, cell, lane, mask, raw);
-        for (int dy = 0; dy < cell.y.count; ++dy) {
-            for (int dx = 0; dx < cell.x.count; ++dx) {
-                const int row = cell.y.out + dy, column = cell.x.out + dx;
-                store_vectors<kLanes>(write.out, out_place(plan, cell.frame, row, column), vectors,
-                                      lane, raw);
-                for (int side = kBefore; side <= kAfter; ++side) {
-                    if (sending.slot[side] == nullptr) continue;
-                    const int64_t place = sent_place(plan, Side(side), cell.frame, row, column);
-                    if (place >= 0)
-                        store_vectors<kLanes>(sending.slot[side], place, vectors, lane, raw);
-                }
-            }
+        compute_place<T, kLanes, kVectors>(write, place, lane, mask, raw);
+        store_vectors<kLanes>(write.out, i, vectors, lane, raw);
+        for (int side = kBefore; side <= kAfter; ++side) {
+            if (sending.slot[side] == nullptr) continue;
+            const int64_t to = sent_place(plan, Side(side), place);
+            if (to >= 0) store_vectors<kLanes>(sending.slot[side], to, vectors, lane, raw);
         }
     }
     release_edges(write.link);
 }
 
-// Any number of channels: a warp a cell, element by element, x read twice.
+// Any number of channels: a warp a place, element by element, x read twice.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) write_scalars(const __grid_constant__ Write write) {
     const Plan& plan = write.plan;
     const Sending sending(write.link);
     const float *bias = write.bias, *gamma = write.gamma;
     const int lane = threadIdx.x % 32, channels = plan.channels;
-    const uint32_t cells = uint32_t(plan.cells()), stride = gridDim.x * (kThreads / 32);
-    for (uint32_t i = (blockIdx.x * kThreads + threadIdx.x) / 32; i < cells; i += stride) {
-        const Cell cell = locate(plan, i);
-        if (is_padding(plan, cell)) {
-            fill_padding<T>(write, cell, channels, lane, 32);
+    const uint32_t places = uint32_t(plan.places()), stride = gridDim.x * (kThreads / 32);
+    for (uint32_t i = (blockIdx.x * kThreads + threadIdx.x) / 32; i < places; i += stride) {
+        const Place place = locate(plan, i);
+        if (is_padding(plan, place)) {
+            fill_padding<T>(write, place, i, channels, lane, 32);
             continue;
         }
-        const T* x = static_cast<const T*>(write.x) + source_place(plan, cell) * channels;
+        const T* x = static_cast<const T*>(write.x) + source_place(plan, place) * channels;
         float scale = 0.0f;
         if (write.prologue == kNormSilu) {
             for (int c = lane; c < channels; c += 32) {
@@ -185,18 +171,12 @@ __global__ void __launch_bounds__(kThreads) write_scalars(const __grid_constant_
             if (write.prologue == kNormSilu)
                 value = silu<T>(widen(narrow<T>(value * scale * gamma[c])));
             const T result = bias || write.prologue == kNormSilu ? narrow<T>(value) : x[c];
-            for (int dy = 0; dy < cell.y.count; ++dy) {
-                for (int dx = 0; dx < cell.x.count; ++dx) {
-                    const int row = cell.y.out + dy, column = cell.x.out + dx;
-                    T* out = static_cast<T*>(write.out);
-                    out[out_place(plan, cell.frame, row, column) * channels + c] = result;
-                    for (int side = kBefore; side <= kAfter; ++side) {
-                        if (sending.slot[side] == nullptr) continue;
-                        const int64_t to = sent_place(plan, Side(side), cell.frame, row, column);
-                        T* slot = reinterpret_cast<T*>(sending.slot[side]);
-                        if (to >= 0) slot[to * channels + c] = result;
-                    }
-                }
+            static_cast<T*>(write.out)[int64_t(i) * channels + c] = result;
+            for (int side = kBefore; side <= kAfter; ++side) {
+                if (sending.slot[side] == nullptr) continue;
+                const int64_t to = sent_place(plan, Side(side), place);
+                T* slot = reinterpret_cast<T*>(sending.slot[side]);
+                if (to >= 0) slot[to * channels + c] = result;
             }
         }
     }
@@ -211,7 +191,7 @@ void launch_write(Kernel kernel, const Write& write, int lanes, int device, cuda
     COSMOS3_CUDA_CHECK(
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0));
     const int64_t per_block = kThreads / lanes;
-    const int64_t needed = (write.plan.cells() + per_block - 1) / per_block;
+    const int64_t needed = (write.plan.places() + per_block - 1) / per_block;
     const int64_t blocks = std::min<int64_t>(needed, int64_t(resident) * processors(device));
     kernel<<<unsigned(std::max<int64_t>(blocks, 1)), kThreads, 0, stream>>>(write);
     COSMOS3_CUDA_CHECK(cudaGetLastError());
@@ -230,7 +210,7 @@ bool takes_vectors(const Write& write) {
            aligned(write.edge[kBefore]) && aligned(write.edge[kAfter]);
 }
 
-// Lanes x vectors a cell: the fewest lanes that hold its channels in 4 vectors each (5 for the
+// Lanes x vectors a place: the fewest lanes that hold its channels in 4 vectors each (5 for the
 // encoder's 160, 320 and 640 channels), so that each thread has 64 bytes in flight.
 template <typename T>
 void launch_by_channels(const Write& write, int device, cudaStream_t stream) {

@@ -2,13 +2,10 @@
 // (halo.cpp) share.
 //
 // x [frames, height, width, channels] becomes out [history + frames, rows, columns, channels], both
-// dense: `history` earlier frames in front, then prologue(x + bias) with `scale` rows and columns
-// per row and column of x, between top/bottom rows and left/right columns of padding. Padding is
-// zero, except along the strip axis, where the neighbours' edges fill it: `before` the top (axis 3)
-// or left (axis 4), `after` the bottom or right.
-//
-// Work is counted in cells: one row and column of padding, or one of x with all its scale x scale
-// results, so that a value is read once. Every place of `out` belongs to exactly one cell.
+// dense: `history` earlier frames in front, then prologue(x + bias), between top/bottom rows and
+// left/right columns of padding. Padding is zero, except along the strip axis, where the
+// neighbours' edges fill it: `before` the top (axis 3) or left (axis 4), `after` the bottom or
+// right.
 #pragma once
 
 #include <cstdint>
@@ -23,70 +20,49 @@
 
 namespace cosmos3::halo {
 
-enum Prologue : int { kNone = 0, kNormSilu = 1, kNearest2x = 2 };
+enum Prologue : int { kNone = 0, kNormSilu = 1 };
 enum Side : int { kBefore = 0, kAfter = 1 };
 
 struct Plan {
-    int channels, frames, height, width, scale, history;
+    int channels, frames, height, width, history;
     int left, right, top, bottom;
     int axis;  // of the strips: 3 rows, 4 columns, 0 none
 
-    HALO_INLINE int rows() const { return top + height * scale + bottom; }
-    HALO_INLINE int columns() const { return left + width * scale + right; }
-    HALO_INLINE int cell_rows() const { return top + height + bottom; }
-    HALO_INLINE int cell_columns() const { return left + width + right; }
-    HALO_INLINE int64_t cells() const {
-        return int64_t(history + frames) * cell_rows() * cell_columns();
-    }
+    HALO_INLINE int rows() const { return top + height + bottom; }
+    HALO_INLINE int columns() const { return left + width + right; }
+    HALO_INLINE int64_t places() const { return int64_t(history + frames) * rows() * columns(); }
     // Rows (axis 3) or columns (axis 4) that a side of the padding takes from its neighbour.
     HALO_INLINE int border(Side side) const {
         if (axis == 0) return 0;
         return side == kBefore ? (axis == 3 ? top : left) : (axis == 3 ? bottom : right);
     }
     // Results along the strip axis, and across it.
-    HALO_INLINE int extent() const { return scale * (axis == 3 ? height : width); }
-    HALO_INLINE int across() const { return scale * (axis == 3 ? width : height); }
+    HALO_INLINE int extent() const { return axis == 3 ? height : width; }
+    HALO_INLINE int across() const { return axis == 3 ? width : height; }
     // Places of the edge that fills `side`.
     HALO_INLINE int64_t edge_places(Side side) const {
         return int64_t(frames) * border(side) * across();
     }
 };
 
-// Where a cell lies along one axis of `out`, and what of x it holds (-1: it is padding).
-struct Span {
-    int out, count, source;
+struct Place {
+    int frame, row, column;  // of out
 };
 
-HALO_INLINE Span span(int index, int padding, int extent, int scale) {
-    const int source = index - padding;
-    if (source < 0) return {index, 1, -1};
-    if (source < extent) return {padding + source * scale, scale, source};
-    return {padding + extent * scale + source - extent, 1, -1};
-}
-
-struct Cell {
-    int frame;  // of out
-    Span y, x;
-};
-
-HALO_INLINE Cell locate(const Plan& plan, uint32_t index) {
-    const uint32_t columns = plan.cell_columns(), rows = plan.cell_rows();
+HALO_INLINE Place locate(const Plan& plan, uint32_t index) {
+    const uint32_t columns = plan.columns(), rows = plan.rows();
     const uint32_t line = index / columns, frame = line / rows;
-    return {int(frame), span(int(line - frame * rows), plan.top, plan.height, plan.scale),
-            span(int(index - line * columns), plan.left, plan.width, plan.scale)};
+    return {int(frame), int(line - frame * rows), int(index - line * columns)};
 }
 
-HALO_INLINE bool is_padding(const Plan& plan, const Cell& cell) {
-    return cell.frame < plan.history || cell.y.source < 0 || cell.x.source < 0;
+HALO_INLINE bool is_padding(const Plan& plan, const Place& place) {
+    const int y = place.row - plan.top, x = place.column - plan.left;
+    return place.frame < plan.history || y < 0 || y >= plan.height || x < 0 || x >= plan.width;
 }
 
-HALO_INLINE int64_t source_place(const Plan& plan, const Cell& cell) {
-    return (int64_t(cell.frame - plan.history) * plan.height + cell.y.source) * plan.width +
-           cell.x.source;
-}
-
-HALO_INLINE int64_t out_place(const Plan& plan, int frame, int row, int column) {
-    return (int64_t(frame) * plan.rows() + row) * plan.columns() + column;
+HALO_INLINE int64_t source_place(const Plan& plan, const Place& place) {
+    return (int64_t(place.frame - plan.history) * plan.height + place.row - plan.top) * plan.width +
+           place.column - plan.left;
 }
 
 // An edge is dense: [frames, n, across, channels] (axis 3) or [frames, across, n, channels] (axis
@@ -108,19 +84,19 @@ HALO_INLINE int64_t fill_place(const Plan& plan, Side side, uint32_t index) {
     const int place = side == kBefore ? along : plan.border(kBefore) + plan.extent() + along;
     const int row = plan.axis == 3 ? place : plan.top + across;
     const int column = plan.axis == 3 ? plan.left + across : place;
-    return out_place(plan, plan.history + int(frame), row, column);
+    return (int64_t(plan.history + int(frame)) * plan.rows() + row) * plan.columns() + column;
 }
 
-// Place in the edge that the neighbour on `towards` takes from us, of the result at (row, column)
-// of out; -1: none. The neighbour before fills its `after` side with our first results, the one
-// after its `before` side with our last.
-HALO_INLINE int64_t sent_place(const Plan& plan, Side towards, int frame, int row, int column) {
+// Place in the edge that the neighbour on `towards` takes from us, of a result; -1: none. The
+// neighbour before fills its `after` side with our first results, the one after its `before` side
+// with our last.
+HALO_INLINE int64_t sent_place(const Plan& plan, Side towards, const Place& place) {
     const int n = plan.border(towards == kBefore ? kAfter : kBefore);
-    const int at = plan.axis == 3 ? row - plan.top : column - plan.left;
+    const int row = place.row - plan.top, column = place.column - plan.left;
+    const int at = plan.axis == 3 ? row : column;
     const int along = towards == kBefore ? at : at - (plan.extent() - n);
     if (along < 0 || along >= n) return -1;
-    const int across = plan.axis == 3 ? column - plan.left : row - plan.top;
-    return edge_place(plan, n, frame - plan.history, along, across);
+    return edge_place(plan, n, place.frame - plan.history, along, plan.axis == 3 ? column : row);
 }
 
 // What a place of padding copies: an edge, or (from nothing) zero.
@@ -186,17 +162,17 @@ struct Wait {
     uint64_t deadline_ns;
 };
 
-HALO_INLINE Borrowed borrow(const Write& write, int frame, int row, int column) {
+HALO_INLINE Borrowed borrow(const Write& write, const Place& place) {
     const Plan& plan = write.plan;
-    if (frame < plan.history) return {nullptr, 0};
-    const int at = plan.axis == 3 ? row : column, lead = plan.border(kBefore);
-    const int across = plan.axis == 3 ? column - plan.left : row - plan.top;
+    if (place.frame < plan.history) return {nullptr, 0};
+    const int at = plan.axis == 3 ? place.row : place.column, lead = plan.border(kBefore);
+    const int across = plan.axis == 3 ? place.column - plan.left : place.row - plan.top;
     if (plan.axis == 0 || across < 0 || across >= plan.across()) return {nullptr, 0};
     if (at >= lead && at < lead + plan.extent()) return {nullptr, 0};
     const Side side = at < lead ? kBefore : kAfter;
     const int along = side == kBefore ? at : at - lead - plan.extent();
     return {write.edge[side],
-            edge_place(plan, plan.border(side), frame - plan.history, along, across)};
+            edge_place(plan, plan.border(side), place.frame - plan.history, along, across)};
 }
 
 constexpr float kNormEps = 1e-12f;

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 
 __all__ = ["PROLOGUES", "conv_edges", "conv_input"]
 
-PROLOGUES = ("none", "norm_silu", "nearest2x")
+PROLOGUES = ("none", "norm_silu")
 NORM_FLOOR = 1e-12
 
 
 def _prologue(
     x: torch.Tensor, prologue: str, gamma: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """prologue(x + bias) without the doubling of "nearest2x"; computed in float32."""
+    """prologue(x + bias), computed in float32."""
     assert prologue in PROLOGUES, f"prologue must be one of {PROLOGUES}, got {prologue!r}"
     assert (gamma is not None) == (prologue == "norm_silu"), "gamma belongs to norm_silu"
     if prologue != "norm_silu" and bias is None:
@@ -32,14 +32,6 @@ def _prologue(
     y.div_(torch.linalg.vector_norm(y, dim=1, keepdim=True).clamp_min(NORM_FLOOR))
     y.mul_((gamma.to(wide).flatten() * x.shape[1] ** 0.5).view(-1, 1, 1, 1))
     return F.silu(y.to(x.dtype), inplace=True)
-
-
-def _doubled(y: torch.Tensor, prologue: str) -> torch.Tensor:
-    """Nearest upsampling as a view [B, C, T, H, 2, W, 2]; other prologues: 1 for 2."""
-    factor = 2 if prologue == "nearest2x" else 1
-    batch, channels, frames, height, width = y.shape
-    shape = (batch, channels, frames, height, factor, width, factor)
-    return y[:, :, :, :, None, :, None].expand(shape)
 
 
 def conv_input(
@@ -54,32 +46,29 @@ def conv_input(
     before: torch.Tensor | None = None,
     after: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [1, C, T, H, W] -> [1, C, history + T, top + H' + bottom, left + W' + right].
+    """x [1, C, T, H, W] -> [1, C, history + T, top + H + bottom, left + W + right].
 
     The result is channels_last_3d. Inside stands prologue(x + bias), bias [C] the one that the
     convolution before left out:
 
-        none       x + bias; H' = H, W' = W
+        none       x + bias
         norm_silu  silu(x / max(||x||_2 over C, 1e-12) * sqrt(C) * gamma), gamma [C];
                    the norm in float32, rounded to x.dtype before SiLU
-        nearest2x  every pixel four times; H' = 2 H, W' = 2 W
 
     `history` zero frames stand in front. `pad` = (left, right, top, bottom) is zero, except along
     strip `axis` (3 = H, 4 = W), where `before` (top or left) and `after` (bottom or right), when
-    given, fill it: the neighbours' edges after the prologue, [1, C, T, pad, W'] resp. [1, C, T, H',
+    given, fill it: the neighbours' edges after the prologue, [1, C, T, pad, W] resp. [1, C, T, H,
     pad]. gamma and bias: any floating dtype.
     """
     left, right, top, bottom = pad
-    inside = _doubled(_prologue(x, prologue, gamma, bias), prologue)
-    batch, channels, frames, height, up, width, _ = inside.shape
-    height, width = height * up, width * up
+    batch, channels, frames, height, width = x.shape
     shape = (batch, channels, history + frames, top + height + bottom, left + width + right)
     out = torch.empty(
         shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
     ).zero_()
     body = out[:, :, history:]
     inner = body[:, :, :, top : top + height, left : left + width]
-    inner.unflatten(4, (-1, up)).unflatten(3, (-1, up)).copy_(inside)
+    inner.copy_(_prologue(x, prologue, gamma, bias))
     across = body.narrow(7 - axis, left if axis == 3 else top, width if axis == 3 else height)
     if before is not None:
         across.narrow(axis, 0, top if axis == 3 else left).copy_(before)
@@ -101,17 +90,14 @@ def conv_edges(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The first `before` and last `after` rows (along `axis`, 3 = H, 4 = W) of prologue(x + bias).
 
-    x [1, C, T, H, W] -> [1, C, T, before, W'] and [1, C, T, after, W'] (axis 4: [1, C, T, H', n]);
+    x [1, C, T, H, W] -> [1, C, T, before, W] and [1, C, T, after, W] (axis 4: [1, C, T, H, n]);
     None for 0 rows. They are the neighbours' `after` and `before` of `conv_input`.
     """
 
     def edge(count: int, *, at_end: bool) -> torch.Tensor | None:
         if count == 0:
             return None
-        need = -(-count // 2) if prologue == "nearest2x" else count
-        part = x.narrow(axis, x.shape[axis] - need if at_end else 0, need)
-        full = _doubled(_prologue(part, prologue, gamma, bias), prologue)
-        full = full.flatten(5, 6).flatten(3, 4)
-        return full.narrow(axis, full.shape[axis] - count if at_end else 0, count)
+        part = x.narrow(axis, x.shape[axis] - count if at_end else 0, count)
+        return _prologue(part, prologue, gamma, bias)
 
     return edge(before, at_end=False), edge(after, at_end=True)

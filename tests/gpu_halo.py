@@ -61,8 +61,7 @@ def check_ranks(case: Case, dtype: torch.dtype, axis: int, count: int) -> str | 
     """Ranks on one stream: all send, then all fill; three exchanges, so both parities serve."""
     size = case.shape[axis - 1]
     sizes = [size // count + (rank < size % count) for rank in range(count)]
-    scale = 2 if case.prologue == "nearest2x" else 1
-    if scale * sizes[-1] < max(1, *case.pad):
+    if sizes[-1] < max(1, *case.pad):
         return None  # too narrow to give an edge
     ranks = Ranks(count, edge_bytes(case, axis, dtype), device=DEVICE)
     for seed in range(3):

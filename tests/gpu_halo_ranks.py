@@ -33,16 +33,16 @@ from cosmos3_fast.parallel_edges import EdgeSlots
 
 CASES = (
     Case("residual", (256, 5, 33, 40)),
-    Case("doubled", (512, 3, 33, 40), "nearest2x", 0),
+    Case("plain", (512, 3, 33, 40), "none", 0),
     Case("stride 2", (160, 3, 66, 80), "none", 0, RIGHT_BOTTOM),
     Case("scalar", (12, 2, 33, 41)),
-    Case("two rows", (64, 2, 33, 41), "nearest2x", 1, (1, 2, 2, 1)),
+    Case("two rows", (64, 2, 33, 41), "none", 1, (1, 2, 2, 1)),
     Case("wide", (1024, 3, 35, 40)),
 )
 STRESS = (
     Case("residual", (24, 2, 0, 6)),
     Case("stride 2", (24, 2, 0, 6), "none", 0, RIGHT_BOTTOM),
-    Case("doubled", (8, 2, 0, 6), "nearest2x", 0),
+    Case("plain", (8, 2, 0, 6), "none", 0),
 )
 
 

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from test_kernels_interpreter import Guarded, assert_close, double
+from test_kernels_interpreter import INTERLEAVED, Guarded, assert_close, double, interleaved
 
 from cosmos3_fast.kernels import attention as att
 from cosmos3_fast.kernels import (
     gate_up_silu,
+    interleave_add,
     qk_norm_rope,
     reference,
     rms_norm,
@@ -34,6 +35,12 @@ ROWS = {"S": 406, "E": 1966, "D": 3093, "2D": 6186}
 HIDDEN, INNER, DIM, QUERIES, KEYS, STEPS = 4096, 12288, 128, 32, 8, 4
 STATE = 9 * 33 * 40 * 48 + 33 * 64  # values of D's latents and actions
 CAPACITY = 256
+# D's three upsamplings: channels out and in, factor of frames, source frames, height, width.
+UPSAMPLINGS = (
+    (1024, 1024, 2, 9, 33, 40),
+    (1024, 1024, 2, 17, 66, 80),
+    (512, 1024, 1, 33, 132, 160),
+)
 
 
 def attention_plain(*inputs, **how) -> torch.Tensor:
@@ -191,6 +198,27 @@ def check_unipc_step(branches: int, dtype: torch.dtype) -> None:
     guarded.check()
 
 
+def check_interleave_add(case: tuple[int, ...], first: bool, dtype: torch.dtype) -> None:
+    """Bit for bit the reference, both of one rounding; float64 for one output frame at a time."""
+    time = case[2]
+    phases, source, shape = interleaved(case, first, functools.partial(random, dtype=dtype))
+    guarded = Guarded("cuda")
+    out = guarded(*shape, dtype=dtype).permute(3, 0, 1, 2)[None]
+    how = {"time": time, "first": first}
+    interleave_add.interleave_add(phases, source, **how, out=out)
+    guarded.check()
+    assert torch.equal(out, reference.interleave_add(phases, source, **how))
+    lead = time - 1 if first else 0
+    for frame in {0, shape[0] - 1}:
+        at = (frame + lead) // time
+        begin = at * time - lead  # of the output frames of source frame `at`
+        some = [x[max(begin, 0) : begin + time].double() for x in phases]
+        alone = {"time": time, "first": first and at == 0}
+        truth = reference.interleave_add(some, source[:, :, at : at + 1].double(), **alone)
+        got = out[:, :, max(begin, 0) : begin + time]
+        assert_close(got, truth.to(dtype), truth)
+
+
 def check_attention(paths, tokens: int, lengths: list[int], dtype: torch.dtype) -> None:
     inputs = attention_inputs(len(lengths), tokens, tokens, lengths, dtype=dtype)
     truth = host_attention(*double(*inputs[:5]), lengths)
@@ -246,8 +274,21 @@ def odd_checks() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"check_qk_norm_rope 63 x {heads} heads {kind}", run
 
 
+def interleave_checks() -> Iterator[tuple[str, Callable[[], None]]]:
+    """The cases of the interpreter in every dtype, D's own sizes in bfloat16."""
+    for first in (True, False):
+        for dtype in (BF16, F16, F32):
+            for name, case in INTERLEAVED.items():
+                check = functools.partial(check_interleave_add, case, first, dtype)
+                yield f"interleave_add {name} first={first} {dtype}", check
+        for case in UPSAMPLINGS:
+            check = functools.partial(check_interleave_add, case, first, BF16)
+            yield f"interleave_add {case} first={first}", check
+
+
 def checks() -> Iterator[tuple[str, Callable[[], None]]]:
     yield from odd_checks()
+    yield from interleave_checks()
     for dtype in (BF16, F32):
         kind = str(dtype).removeprefix("torch.")
         for size, rows in ROWS.items():

@@ -73,6 +73,19 @@ def elementwise(dtype: torch.dtype) -> Iterator[torch.Tensor]:
         yield from (*state[:4], model_in)
 
 
+def interleaving(dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    from test_kernels_interpreter import INTERLEAVED, interleaved
+
+    from cosmos3_fast.kernels.interleave_add import interleave_add
+
+    for case in INTERLEAVED.values():
+        for first in (True, False):
+            make = functools.partial(random, dtype=dtype)
+            phases, source, shape = interleaved(case, first, make)
+            out = blank(*shape, dtype=dtype).permute(3, 0, 1, 2)[None]
+            yield interleave_add(phases, source, time=case[2], first=first, out=out)
+
+
 def attentions(dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """Every way of ops.variants; Triton's own also by plain loads."""
     from cosmos3_fast.kernels import attention
@@ -161,6 +174,7 @@ CASES: dict[
     "qk_norm_rope": (rope, DTYPES),
     "silu_mul, timestep_add, unipc_step": (elementwise, DTYPES),
     "gate_up_silu": (gate_up, (torch.bfloat16,)),
+    "interleave_add": (interleaving, DTYPES),
     "attention": (attentions, DTYPES),
     "causal_attention": (causal, DTYPES),
     "image_to_tensor": (image, (torch.uint8,)),

@@ -1,4 +1,4 @@
-"""The reference of a convolution's input against plain norm, interpolation and padding."""
+"""The reference of a convolution's input against plain norm and padding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from cosmos3_fast import ops
 
-PROLOGUES = ["none", "norm_silu", "nearest2x"]
+PROLOGUES = ["none", "norm_silu"]
 
 
 def sample(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -27,8 +27,6 @@ def truth(x: torch.Tensor, prologue: str, bias=None, gamma=None) -> torch.Tensor
     if prologue == "norm_silu":
         unit = F.normalize(x, dim=1, eps=1e-12) * x.shape[1] ** 0.5
         return F.silu(unit * gamma.double().view(-1, 1, 1, 1))
-    if prologue == "nearest2x":
-        return x.repeat_interleave(2, 3).repeat_interleave(2, 4)
     return x
 
 
@@ -87,14 +85,14 @@ def test_strips_with_edges_are_slices_of_the_whole(prologue, axis, pad):
     whole = ops.conv_input(x, history=2, pad=pad, **given)
     strips = x.split(cuts, axis)
     edges = [ops.conv_edges(s, axis=axis, before=high, after=low, **given) for s in strips]
-    start, scale = 0, 2 if prologue == "nearest2x" else 1
+    start = 0
     for i, size in enumerate(cuts):
         before = edges[i - 1][1] if i > 0 else None
         after = edges[i + 1][0] if i + 1 < len(cuts) else None
         got = ops.conv_input(
             strips[i], history=2, pad=pad, axis=axis, before=before, after=after, **given
         )
-        want = whole.narrow(axis, start * scale, low + size * scale + high)
+        want = whole.narrow(axis, start, low + size + high)
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
         start += size
 

@@ -102,7 +102,8 @@ def test_the_layer_pads_after_the_pending_bias(bias):
     conv = filled(PhaseConv(Place(torch.device("cpu"), F64), 6, 6))
     x = random(1, 6, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d)
     pending = random(6, seed=7) if bias else None
-    phases = conv(Pending(x, pending), flow())
+    phases, left = conv(Pending(x, pending), flow())
+    assert left is conv.bias
     assert [tuple(phase.shape) for phase in phases] == [(3, 6, 5, 6)] * 4
     settled = x if pending is None else x + pending.view(-1, 1, 1, 1)
     want = direct(settled[0].transpose(0, 1), conv.weight)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["conv_edges", "conv_input", "conv_input_exchange", "fill_edges", "send_edges"]
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-PROLOGUES = {"none": 0, "norm_silu": 1, "nearest2x": 2}
+PROLOGUES = {"none": 0, "norm_silu": 1}
 _SIDES = {
     3: (2, 3),
     4: (0, 1),
@@ -42,7 +42,7 @@ def conv_input(
     after: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [1, C, T, H, W] -> [1, C, history + T, top + H' + bottom, left + W' + right] in
+    """x [1, C, T, H, W] -> [1, C, history + T, top + H + bottom, left + W + right] in
     channels_last_3d, one kernel.
 
     As `kernels.reference_conv.conv_input`; x float32, float16 or bfloat16, gamma and bias [C] used
@@ -50,7 +50,7 @@ def conv_input(
     dtypes and devices that disagree.
     """
     x = _channels_last(x)
-    plan = _plan(x, prologue, history, pad, axis)
+    plan = _plan(x, history, pad, axis)
     out = _result(x, plan, out)
     lead, tail = (pad[i] for i in _SIDES[axis])
     operands = {
@@ -59,7 +59,7 @@ def conv_input(
         "before": _operand("before", before, x, _edge_shape(out, history, pad, axis, lead)),
         "after": _operand("after", after, x, _edge_shape(out, history, pad, axis, tail)),
     }
-    _write(x, out, operands, plan)
+    _write(x, out, prologue, operands, plan)
     return out
 
 
@@ -78,15 +78,12 @@ def conv_edges(
 
     For edges that travel by other means than slots; as `kernels.reference_conv.conv_edges`.
     """
-    scale = 2 if prologue == "nearest2x" else 1
 
     def edge(count: int, at_end: bool) -> torch.Tensor | None:
         if count == 0:
             return None
-        need = -(-count // scale)
-        part = x.narrow(axis, x.shape[axis] - need if at_end else 0, need)
-        full = conv_input(part, prologue=prologue, gamma=gamma, bias=bias)
-        return full.narrow(axis, full.shape[axis] - count if at_end else 0, count)
+        part = x.narrow(axis, x.shape[axis] - count if at_end else 0, count)
+        return conv_input(part, prologue=prologue, gamma=gamma, bias=bias)
 
     return edge(before, False), edge(after, True)
 
@@ -121,13 +118,13 @@ def send_edges(
     and its plan.
     """
     x = _channels_last(x)
-    plan = _plan(x, prologue, history, pad, axis)
+    plan = _plan(x, history, pad, axis)
     out = _result(x, plan, out)
     operands = {
         "gamma": _vector("gamma", gamma, x),
         "bias": _vector("bias", bias, x),
     }
-    _write(x, out, operands, plan | slots.targets())
+    _write(x, out, prologue, operands, plan | slots.targets())
     return out, plan
 
 
@@ -140,26 +137,22 @@ def fill_edges(out: torch.Tensor, plan: dict[str, int], slots: EdgeSlots) -> Non
 
 
 def _plan(
-    x: torch.Tensor, prologue: str, history: int, pad: tuple[int, int, int, int], axis: int
+    x: torch.Tensor, history: int, pad: tuple[int, int, int, int], axis: int
 ) -> dict[str, int]:
     """The arguments that the writing and the waiting kernel share."""
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
-    if prologue not in PROLOGUES:
-        raise ValueError(f"prologue must be one of {tuple(PROLOGUES)}, got {prologue!r}")
     if axis not in _SIDES:
         raise ValueError(f"axis must be 3 (rows) or 4 (columns), got {axis}")
     names = ("channels", "frames", "height", "width")
     sizes = dict(zip(names, x.shape[1:], strict=True))
     sides = dict(zip(("left", "right", "top", "bottom"), pad, strict=True))
-    kind = {"dtype": DTYPES[x.dtype], "prologue": PROLOGUES[prologue]}
-    return kind | sizes | sides | {"history": history, "axis": axis}
+    return sizes | sides | {"dtype": DTYPES[x.dtype], "history": history, "axis": axis}
 
 
 def _result(x: torch.Tensor, plan: dict[str, int], out: torch.Tensor | None) -> torch.Tensor:
-    scale = 2 if plan["prologue"] == PROLOGUES["nearest2x"] else 1
-    rows = plan["top"] + scale * plan["height"] + plan["bottom"]
-    columns = plan["left"] + scale * plan["width"] + plan["right"]
+    rows = plan["top"] + plan["height"] + plan["bottom"]
+    columns = plan["left"] + plan["width"] + plan["right"]
     shape = (1, plan["channels"], plan["history"] + plan["frames"], rows, columns)
     if out is None:
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_CHANNELS_LAST)
@@ -217,9 +210,13 @@ def _operand(
 def _write(
     x: torch.Tensor,
     out: torch.Tensor,
+    prologue: str,
     operands: dict[str, torch.Tensor | None],
     numbers: dict[str, int],
 ) -> None:
     """Launch the writing kernel. The operands, some of them copies, live until it is launched."""
+    if prologue not in PROLOGUES:
+        raise ValueError(f"prologue must be one of {tuple(PROLOGUES)}, got {prologue!r}")
     addresses = {name: 0 if t is None else t.data_ptr() for name, t in operands.items()}
-    extension().halo_write(x=x.data_ptr(), out=out.data_ptr(), **addresses, **numbers, **place(x))
+    addresses |= {"x": x.data_ptr(), "out": out.data_ptr()}
+    extension().halo_write(prologue=PROLOGUES[prologue], **addresses, **numbers, **place(x))

@@ -26,7 +26,9 @@ from cosmos3_fast.vae.strips import Flow, Strips
 MAX_ELEMENTS = 2**31 - 1  # of one convolution's input: cuDNN indexes with 32 bits
 # Tensors of the widest convolution's size alive at once: the block's input, the residual, the
 # convolution before, and the reference prologue's float32 and rounded values (or the padded input
-# and the output).
+# and the output). An upsampling holds at most 3.5: its four phases and its result, each less than
+# the next stage's input; the block's input, no larger; the small picture and its padded copy, a
+# quarter each.
 LIVE_TENSORS = 6
 
 

@@ -43,13 +43,13 @@ class PhaseConv(nn.Module):
         self.weight = place.parameter(out, into, 3, 3)
         self.bias = place.wide.parameter(out)
 
-    def forward(self, x: Pending, flow: Flow) -> list[torch.Tensor]:
+    def forward(self, x: Pending, flow: Flow) -> tuple[list[torch.Tensor], torch.Tensor]:
         """x [1, into, T, H, W] -> phases (0, 0), (0, 1), (1, 0), (1, 1), each [T, out, H + 1,
-        W + 1]: phase (p, q) of pixel (i, j) is at (i + p, j + q).
+        W + 1], and the pending bias: phase (p, q) of pixel (i, j) is at (i + p, j + q).
         """
         padded = flow.strips.padded(x.x, prologue="none", bias=x.bias, pad=BORDER)
         frames = padded[0].transpose(0, 1)
-        return [F.conv2d(frames, taps) for taps in phase_taps(self.weight)]
+        return [F.conv2d(frames, taps) for taps in phase_taps(self.weight)], self.bias
 
 
 class Upsample(nn.Module):
@@ -78,9 +78,9 @@ class Upsample(nn.Module):
         assert whole.bias is None or self.uniform, "settle the bias first"
         if self.time_conv is not None:
             x = self._double_frames(x, self.time_conv, flow)
-        conv = self.resample["1"]
-        y = ops.interleave_add(conv(x, flow), whole.x, time=self.time, first=flow.first)
-        return Pending(y, conv.bias if whole.bias is None else conv.bias + whole.bias)
+        phases, bias = self.resample["1"](x, flow)
+        y = ops.interleave_add(phases, whole.x, time=self.time, first=flow.first)
+        return Pending(y, bias if whole.bias is None else bias + whole.bias)
 
     def _double_frames(self, x: Pending, conv: TimeConv, flow: Flow) -> Pending:
         """Frame 0 stays; each later one becomes two, halves of the convolution's channels."""
