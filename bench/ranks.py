@@ -29,6 +29,7 @@ import torch
 
 from cosmos3_fast import Engine, ParallelConfig, ops
 from cosmos3_fast.agreement import digest
+from cosmos3_fast.cli.ending import leave
 from cosmos3_fast.graph import Captured
 from cosmos3_fast.testing import fill_random, make_nano_folder, make_tiny_checkpoint
 from cosmos3_fast.testing.gate import relative
@@ -287,9 +288,21 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def require_gpus(args: argparse.Namespace) -> None:
+    """End all ranks with status 2, rank 0 with one line, unless each has a GPU or needs none."""
+    found, ranks = torch.cuda.device_count(), args.cfg * args.tp
+    if args.tiny or found >= ranks:
+        return
+    if args.local == 0:
+        words = f"needs {ranks} GPUs, this machine has {found}: add --tiny for CPU ranks"
+        sys.stderr.write(f"bench/ranks.py: {words}\n")
+    sys.exit(leave(2))
+
+
 def main() -> int:
     """Exit status 1 when ranks differ or a result is out of its bound."""
     args = parse()
+    require_gpus(args)
     kinds = {kind: WORKLOADS[kind] for kind in args.requests.split(",")}
     if args.tiny:
         kinds = {kind: load.small() for kind, load in kinds.items()}

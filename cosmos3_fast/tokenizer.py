@@ -11,7 +11,21 @@ from typing import Any
 VISION_START = "<|vision_start|>"
 _MARK = "\ue000"  # stands for the user's text while the chat template is taken apart
 _FILES = ("tokenizer.json", "vocab.json")  # either is enough for transformers
+_CONFIG = "tokenizer_config.json"  # names the class and the closing token
 _PROBE = "Pick up the cup, then 1 + 1 = 2."
+
+
+def check_unicode(text: str, name: str) -> None:
+    """ValueError for a text that UTF-8 cannot hold: bytes of another encoding on a command line
+    become lone surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be Unicode text (UTF-8 on a command line), got "
+            f"{text[error.start]!r} at character {error.start}"
+        ) from error
 
 
 class PromptTokenizer:
@@ -43,7 +57,10 @@ class PromptTokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one user turn, its generation prompt, eos and `<|vision_start|>`."""
+        """Ids of one user turn, its generation prompt, eos and `<|vision_start|>`; ValueError for
+        what is no Unicode text.
+        """
+        check_unicode(text, "a prompt")
         head, before = self._head
         after, tail = self._tail
         ids = [*head, *self._plain(before + text + after), *tail, *self._closing]
@@ -61,6 +78,8 @@ class PromptTokenizer:
         try:
             if not any(Path(self.path, name).is_file() for name in _FILES):
                 raise ValueError(f"it holds neither {' nor '.join(_FILES)}")
+            if not Path(self.path, _CONFIG).is_file():
+                raise ValueError(f"it holds no {_CONFIG}")
             tokenizer = AutoTokenizer.from_pretrained(
                 self.path, local_files_only=True, trust_remote_code=False
             )

@@ -200,6 +200,8 @@ def test_action_documents(document, tmp_path):
 
 def test_action_chunk_by_index():
     assert parse_actions(FORMS["chunks"], 1).tolist() == [[9, 9]]
+    with pytest.raises(ValueError, match="action chunk -1 asked for"):
+        parse_actions(FORMS["chunks"], -1)
 
 
 def test_written_actions_read_back_bit_for_bit(tmp_path):
@@ -256,6 +258,7 @@ def test_droid_state_row_and_reply():
     state = droid.encode_state(joints, 0.75)
     assert state.shape == (1, 1, 8) and state.dtype == torch.float32
     assert state[0, 0].tolist() == pytest.approx([*joints, 0.25])
+    assert [droid.encode_state(joints, end)[0, 0, 7].item() for end in (0.0, 1.0)] == [1.0, 0.0]
     action = rows(32, 8)[None]
     reply = droid.decode_action(action)
     assert torch.equal(reply[..., :7], action[..., :7])

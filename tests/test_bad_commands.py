@@ -50,10 +50,14 @@ def files(tmp_path_factory):
         "shape": {"shape": [1, 5, 10], "dtype": "float32", "data": rows},
         "chunks": {"action_chunks": [rows]},
         "good": rows,
+        "chunks of chunks": {"action_chunks": [{"action_chunks": [rows]}]},
+        "upside down": {"min": [0.0], "max": [-1.0]},
     }
     for name, document in documents.items():
         (folder / f"{name}.json").write_text(json.dumps(document))
     (folder / "text.json").write_text("joints: 1 2 3")
+    (folder / "deep.json").write_text("[" * 200_000)
+    (folder / "nested.json").write_text("[" * 300 + "]" * 300)
     (folder / "stats.json").write_text(json.dumps({"min": [0.0], "max": ["high"]}))
     return folder
 
@@ -141,6 +145,40 @@ COMMANDS = {
     "interval upside down": (
         (*GOOD, "--guidance-interval", "900,100"),
         r"guidance_interval must be .* lo < hi.*, got \(900.0, 100.0\)",
+    ),
+    "no checkpoint": (("--checkpoint", "", *GOOD), "--checkpoint must not be empty, got ''"),
+    "no device": ((*GOOD, "--device", ""), "--device must not be empty, got ''"),
+    "no statistics": ((*GOOD, "--action-stats-path", ""), "--action-stats-path must not be empty"),
+    "no action file": ((*FORWARD, "--action-file", ""), "--action-file must not be empty, got ''"),
+    "an image without a name": (("--image", ""), "--image must not be empty, got ''"),
+    "a clip without a name": (("--video", ""), "--video must not be empty, got ''"),
+    "actions nested without end": (
+        (*FORWARD, "--action-file", "{files}/deep.json"),
+        "cannot read actions from .*deep.json': maximum recursion depth",
+    ),
+    "actions nested deeper than any": (
+        (*FORWARD, "--action-file", "{files}/nested.json"),
+        "nested.json' is nested more than 8 lists deep",
+    ),
+    "chunks of chunks": (
+        (*FORWARD, "--action-file", "{files}/chunks of chunks.json"),
+        r"action_chunks\[0\] must hold rows, got action_chunks again",
+    ),
+    "an instruction that is no UTF-8": (
+        (*GOOD, "--prompt", "caf\udce9", "--prompt-format", "json"),
+        r"'task' must be Unicode text .*, got '\\udce9' at character 3",
+    ),
+    "a negative prompt that is no UTF-8": (
+        (*GOOD, "--negative-prompt", "\udce9", "--guidance-scale", "3"),
+        r"negative_prompt must be Unicode text .*, got '\\udce9' at character 0",
+    ),
+    "a view that is no UTF-8": (
+        (*GOOD, "--view-description", "a \udce9", "--prompt-format", "plain"),
+        r"view_description must be Unicode text .*, got '\\udce9' at character 2",
+    ),
+    "statistics upside down": (
+        (*GOOD, "--action-stats-path", "{files}/upside down.json"),
+        "upside down.json': max must not be below min, got -1 < 0 in channel 0",
     ),
     "statistics": (
         (*GOOD, "--action-stats-path", "{files}/stats.json"),
@@ -239,6 +277,9 @@ INFO = {
     "no height": (("--height", "0"), "--height must be at least 1 pixel, got 0"),
     "two observations": (("--image", "a", "--video", "b"), "exactly one of --image and --video"),
     "two images": (("--preset", "droid", "--image", "a", "b"), "1 or 3 images here, got 2"),
+    "no statistics": (("--action-stats-path", ""), "--action-stats-path must not be empty, got ''"),
+    "no device": (("--device", ""), "--device must not be empty, got ''"),
+    "no UTF-8": (("--prompt", "\udce9"), r"'task' must be Unicode text .*, got '\\udce9'"),
     "a huge chunk": (("--action-chunk-size", "400000000"), "tokens, more than 1048576"),
 }
 
@@ -294,6 +335,11 @@ def test_a_line_is_written_in_one_piece(monkeypatch):
         ("make-tiny", [""], "DIR must name a folder, got ''"),
         ("make-tiny", ["."], ". must be empty or hold a tiny checkpoint"),
         ("demo", ["--out", ""], "--out must name a folder, got ''"),
+        ("demo", ["--device", ""], "--device must not be empty, got ''"),
+        ("check", [""], "DIR must name a folder, got ''"),
+        ("check", [".", "--device", ""], "--device must not be empty, got ''"),
+        ("bench", ["--tiny", "--json", ""], "--json must not be empty, got ''"),
+        ("bench", ["--tiny", "--device", ""], "--device must not be empty, got ''"),
     ],
 )
 def test_a_folder_in_use_is_not_written_to(tmp_path, monkeypatch, capsys, command, flags, message):

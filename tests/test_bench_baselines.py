@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -40,6 +41,16 @@ def test_a_stored_run_is_small_and_names_no_host_or_folder(saved):
     assert socket.gethostname() not in re.findall(r"[\w.-]+", text)
     assert not re.search(r'"/|"[A-Z]:', text), "an absolute path"
     assert {"node", "release", "project"}.isdisjoint(stored["machine_info"] | stored["commit_info"])
+
+
+def test_ranks_without_gpus_are_refused_in_one_line():
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "bench/ranks.py", "--tp", "2"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    said = "bench/ranks.py: needs 2 GPUs, this machine has 0: add --tiny for CPU ranks\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 def elsewhere(saved: Path, folder: Path, change: float) -> Path:

@@ -95,6 +95,24 @@ def test_a_clip_of_mosaics_is_brought_to_their_size(folder):
     assert got.shape == (5, 540, 640, 3) and got.float().std() > 10
 
 
+@pytest.mark.parametrize("command", ["run", "info"])
+@pytest.mark.parametrize(("mode", "read"), [("policy", 1), ("inverse_dynamics", 5)])
+def test_frames_of_a_clip_that_are_not_read_are_said(folder, tmp_path, caplog, command, mode, read):
+    """The clip has 6."""
+    base = [command, "--checkpoint", str(checkpoint()), "--domain-name", "umi", "--mode", mode]
+    flags = [*SMALL[:-1], "--video", str(folder / "clip.mp4")]
+    out = ["--no-video", "--out", str(tmp_path / "out")] if command == "run" else []
+    assert main([*base, *flags, *out]) == 0
+    (said,) = [line for line in caplog.messages if "frames" in line]
+    where = f"{folder}/clip.mp4"
+    assert said == f"mode {mode} reads {read} of 6 frames of '{where}'; the others are dropped"
+
+
+def test_a_clip_of_as_many_frames_as_are_read_is_not_worth_a_word(folder, caplog):
+    observe(settings("--video", str(folder / "clip.mp4")), 6)
+    assert caplog.messages == []
+
+
 def test_without_an_observation_the_mosaic_is_blank():
     assert blank(settings("--height", "64")).shape == (1, 540, 640, 3)
 

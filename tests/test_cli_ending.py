@@ -50,6 +50,15 @@ def test_ctrl_c_is_one_line_and_status_130(launched):
     assert out == ("" if launched else "cleaning\n"), "a rank of a launch waits for nobody"
 
 
+def test_an_interrupt_during_the_demo_names_the_demo(monkeypatch, capsys, tmp_path):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.run, "main", interrupt)
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "cosmos3-fast demo: interrupted\n"
+
+
 def test_a_second_ctrl_c_ends_what_the_first_left_waiting():
     with subprocess.Popen(
         [sys.executable, "-c", WAITS, "60"],

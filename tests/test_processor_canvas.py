@@ -104,6 +104,11 @@ def test_edges_are_repeated_on_both_sides_once_one_padding_is_as_wide_as_its_con
     assert padded.tolist() == [[0, 1, 2, 2], [3, 4, 5, 5], [3, 4, 5, 5], [3, 4, 5, 5]]
 
 
+def test_half_a_pixel_of_content_is_a_whole_one():
+    assert content_size((256, 256), 1024, 10) == (256, 3)  # 2.5
+    assert content_size((256, 256), 10, 1024) == (3, 256)
+
+
 @settings(max_examples=120, deadline=None)
 @given(tier=st.sampled_from([*TIERS]), height=SIDE, width=SIDE)
 def test_content_fits_the_canvas_and_is_never_enlarged(tier, height, width):

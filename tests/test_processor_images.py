@@ -155,6 +155,56 @@ def test_alpha_is_dropped():
     assert np.array_equal(load_frames(alpha, 1)[0].numpy(), PICTURE)
 
 
+def test_floats_down_to_zero_are_fractions():
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    assert np.array_equal(load_frames(levels / np.float32(255), 1).numpy(), levels[None])
+
+
+def test_a_clip_in_memory_is_cut():
+    clip = np.stack([PICTURE, picture(*PICTURE.shape[:2], 1), PICTURE])
+    assert np.array_equal(load_frames(clip, 2).numpy(), clip[:2])
+
+
+UNIT = PICTURE.astype(np.float32) / 255  # in [0, 1]
+BRIGHT = UNIT / 2 + 0.5  # in [-1, 1], without a negative value
+SIGNED = torch.from_numpy(UNIT * 2 - 1)
+# floats -> what each frame is, of the float that 0.5 stands for
+FLOATS = {
+    "all in [0, 1]": ([UNIT, BRIGHT], [UNIT, BRIGHT]),
+    "a bright frame first": ([BRIGHT, SIGNED], [BRIGHT / 2 + 0.5, UNIT]),
+    "a bright frame last": ([SIGNED, BRIGHT], [UNIT, BRIGHT / 2 + 0.5]),
+    "bytes between": ([BRIGHT, PICTURE, SIGNED], [BRIGHT / 2 + 0.5, UNIT, UNIT]),
+    "alpha below 0": ([np.dstack([UNIT, -UNIT[..., 0]]), UNIT], [UNIT, UNIT]),
+}
+
+
+@pytest.mark.parametrize(("source", "truth"), FLOATS.values(), ids=FLOATS)
+def test_the_floats_of_a_list_have_one_range(source, truth):
+    """Frames that are not read decide, too."""
+    want = np.stack([np.round(frame * 255) for frame in truth])
+    assert np.abs(load_frames(source, 3).numpy() - want).max() <= 0.5
+    assert np.abs(load_frames(source, 1).numpy() - want[:1]).max() <= 0.5
+    if all(frame.shape[-1] == 3 and frame.dtype != np.uint8 for frame in map(np.asarray, source)):
+        clip = np.stack([np.asarray(frame) for frame in source])
+        assert torch.equal(load_frames(clip, 3), load_frames(source, 3))
+
+
+def test_the_floats_of_three_views_have_one_range():
+    views = [picture(360, 640, seed).astype(np.float32) / 255 for seed in (1, 2, 3)]
+    views[1] = views[1] / 2 + 0.5
+    want = compose_droid_views(*views).float()
+    got = compose_droid_views(*(view * 2 - 1 for view in views)).float()
+    assert (want - got).abs().max() <= 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_are_read_only_are_read_quietly():
+    for source in (PICTURE.copy(), UNIT.copy()):
+        source.flags.writeable = False
+        assert np.array_equal(load_frames(source, 1)[0].numpy(), PICTURE)
+        assert np.array_equal(load_frames([source], 1)[0].numpy(), PICTURE)
+
+
 def test_lists_are_read_whole_and_cut():
     other = picture(5, 7, 1)
     assert np.array_equal(load_frames([PICTURE, other, other], 1).numpy(), PICTURE[None])
@@ -255,6 +305,8 @@ BAD = {
     "no pixel": (np.zeros((0, 4, 3), np.uint8), r"got \[0, 4, 3\]"),
     "two colours": (np.zeros((5, 7, 2), np.uint8), r"3 colours, got shape \[5, 7, 2\]"),
     "integers": (PICTURE.astype(np.int64), "uint8 or floating point, got torch.int64"),
+    "objects": (PICTURE.astype(object), "uint8 or floating point, got object"),
+    "one frame to 255": ([UNIT, UNIT * 255], "must lie in .* got 1.0 to 254.0"),
     "floats to 255": (PICTURE.astype(np.float32), "must lie in .* got 1.0 to 254.0"),
     "nan": (np.full((4, 4, 3), np.nan), "must lie in .* got nan"),
 }

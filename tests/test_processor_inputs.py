@@ -83,6 +83,16 @@ MORE = {
     "frame index as text": ({"cond_frame_indexes": "01"}, "must be integers, got '01'"),
     "width as text": ({"raw_action_dim": "10"}, r"positive integer, got '10' \(str\)"),
     "mode": ({"mode": None}, "unknown mode None"),
+    "no tokenizer": ({"tokenizer_name_or_path": ""}, r"must be a path, got '' \(str\)"),
+    "no statistics": ({"action_stats_path": ""}, r"must be a path or None, got '' \(str\)"),
+    "half a character": (
+        {"negative_prompt": "blurry \ud83d"},
+        r"negative_prompt must be Unicode text .*, got '\\ud83d' at character 7",
+    ),
+    "a byte of another encoding": (
+        {"view_description": "\udcff", "prompt_format": "plain"},
+        r"view_description must be Unicode text .*, got '\\udcff' at character 0",
+    ),
     "format": ({"prompt_format": None}, "prompt_format None; expected"),
     "domain": ({"domain_name": None}, "unknown domain None"),
 }
@@ -150,9 +160,19 @@ def test_frames_that_are_left_over_are_said(
     assert processed.pixel_values.shape[2] == read
     hint = " (a clip; three cameras' views go through compose_droid_views)" if given == 3 else ""
     what = f"{given} frames{hint}"
-    what = f"the frames of '{images}'" if form == "video" else what
+    what = f"{given} frames of '{images}'" if form == "video" else what
     warning = f"mode {mode} reads {read} of {what}; the others are dropped"
     assert [text for text in said(caplog) if "frames" in text] == [warning]
+
+
+def test_a_clip_whose_header_counts_no_frame_is_said_to_hold_more(processor_of, caplog, tmp_path):
+    """MPEG's program streams do not say how many frames follow."""
+    clip = write_video(tmp_path / "clip.mpg", 3)
+    clip.rename(tmp_path / "clip.avi")
+    processor_of().preprocess(observe(images=tmp_path / "clip.avi"))
+    (text,) = said(caplog)
+    want = f"mode policy reads 1 of more than 1 frames of '{tmp_path}/clip.avi'; the others are"
+    assert text.startswith(want)
 
 
 @pytest.mark.parametrize("form", ["list", "video"])
@@ -183,6 +203,16 @@ def test_rows_that_do_not_fit_the_chunk_are_said(processor_of, caplog, count, wa
     processor = processor_of(mode="forward_dynamics", action_chunk_size=8)
     processor.preprocess(observe(cond_action=[[0.5] * 10] * count))
     assert said(caplog) == ([] if warning is None else [warning])
+
+
+@pytest.mark.parametrize("key", ["task", "prompt"])
+@pytest.mark.parametrize("prompt_format", ["plain", "json"])
+def test_an_instruction_that_is_no_unicode_is_refused(processor_of, prompt_format, key):
+    """JSON would escape it, and the model read the escape."""
+    inputs = {"images": clip(1)[0], key: "caf\udce9"}
+    said = r"'task' must be Unicode text .* '\\udce9' at character 3"
+    with pytest.raises(ValueError, match=said):
+        processor_of(prompt_format=prompt_format).preprocess(inputs)
 
 
 def test_a_domain_may_be_an_id_in_text(processor_of):
@@ -226,3 +256,18 @@ def test_a_width_that_is_no_integer_is_refused(processor_of, width):
 def test_inputs_that_are_no_mapping_are_refused(processor_of, inputs):
     with pytest.raises(ValueError, match="needs a mapping of inputs, got "):
         processor_of().preprocess(inputs)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "frames"),
+    [("policy", "inverse_dynamics", 9), ("inverse_dynamics", "policy", 1)],
+)
+def test_a_mode_given_with_the_inputs_decides_how_many_frames_are_read(
+    processor_of, own, asked, frames
+):
+    got, want = (
+        processor_of(mode=mode, action_chunk_size=8).preprocess(observe(images=clip(9), mode=asked))
+        for mode in (own, asked)
+    )
+    assert (got.mode, got.pixel_values.shape[2]) == (asked, frames)
+    assert torch.equal(got.pixel_values, want.pixel_values)

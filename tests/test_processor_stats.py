@@ -86,6 +86,27 @@ def test_normalisation_is_the_inverse(tmp_path, normalization):
     assert bool(((back - x.double()).abs() <= 4 * torch.finfo(torch.float32).eps * size).all())
 
 
+@pytest.mark.parametrize(
+    ("kind", "shift"), [("minmax", 1), ("meanstd", 0)], ids=["minmax", "meanstd"]
+)
+def test_normalisation_rounds_once(tmp_path, kind, shift):
+    """float64 with the statistics as they are kept, then float32."""
+    draw = np.random.RandomState(5)
+    low, span = draw.uniform(-3, 3, 63), draw.uniform(0.1, 2, 63)
+    document = {"min": low, "max": low + span, "mean": low, "std": span}
+    document = {key: vector.tolist() for key, vector in document.items()}
+    stats = load_stats(stats_file(tmp_path, document), kind)
+    x = torch.from_numpy(draw.uniform(-3, 5, (64, 63))).float()
+    unit = (x.numpy().astype(np.float64) - stats.offset.numpy()) / stats.scale.numpy()
+    want = unit * 2 - 1 if shift else unit
+    assert np.array_equal(stats.normalize(x).numpy(), want.astype(np.float32))
+
+
+def test_a_channel_without_a_range_gets_a_millionth(tmp_path):
+    stats = load_stats(stats_file(tmp_path, {"min": [0.0], "max": [0.0]}), "minmax")
+    assert stats.denormalize(torch.ones(1, 1)).item() == pytest.approx(1e-6)
+
+
 BAD_STATS = {
     "normalization": (STATS, "l2", "action_normalization 'l2'.*minmax"),
     "missing key": ({"min": [0.0]}, "minmax", r"stats.json' lack 'max'; they hold \['min'\]"),
@@ -99,6 +120,26 @@ BAD_STATS = {
     "text": ({"mean": "zero", "std": [1.0]}, "meanstd", "'mean' is no list of numbers"),
     "digits": ({"mean": ["0"], "std": [1.0]}, "meanstd", r"'mean' is no list.* got '0' \(str\)"),
     "booleans": ({"min": [0.0], "max": [True]}, "minmax", r"'max' is no list.* True \(bool\)"),
+    "upside down": (
+        {"min": [0.0, 1.0, -1.0], "max": [0.0, 2.0, -1.5]},
+        "minmax",
+        r"stats.json': max must not be below min, got -1.5 < -1 in channel 2$",
+    ),
+    "quantiles upside down": (
+        {"q01": [1.0], "q99": [0.5]},
+        "quantile",
+        r"stats.json': q99 must not be below q01, got 0.5 < 1 in channel 0$",
+    ),
+    "raw quantiles upside down": (
+        {"global": {"q01": [0.0], "q99": [1.0]}, "global_raw": {"q01": [1.0], "q99": [0.5]}},
+        "quantile_rot",
+        "q99 must not be below q01, got 0.5 < 1 in channel 0",
+    ),
+    "negative std": (
+        {"mean": [0.0, 0.0], "std": [0.0, -0.25]},
+        "meanstd",
+        r"stats.json': std must not be below 0, got -0.25 < 0 in channel 1$",
+    ),
     "list": ([1, 2], "minmax", "must hold an object, got list"),
     "block is a list": ({"global": [1]}, "minmax", "must hold an object"),
 }
@@ -108,6 +149,12 @@ BAD_STATS = {
 def test_bad_stats_are_refused(tmp_path, document, kind, message):
     with pytest.raises(ValueError, match=message):
         load_stats(stats_file(tmp_path, document), kind)
+
+
+def test_stats_nested_without_end_are_named(tmp_path):
+    (tmp_path / "stats.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"cannot read action stats from '.*stats\.json': max"):
+        load_stats(tmp_path / "stats.json", "minmax")
 
 
 def test_unreadable_stats_are_named(tmp_path):
@@ -212,9 +259,24 @@ def test_widths_that_do_not_go_with_the_statistics_are_refused_before_any_comput
         build(statistics(12)).preprocess(observe(mode="policy"))
 
 
+@pytest.mark.parametrize("shape", [(), (7,), (4, 7), (1, 1, 4, 7), (1, 0, 7), (1, 4, 0)], ids=str)
+@pytest.mark.parametrize("with_stats", [True, False], ids=["statistics", "none"])
+def test_a_result_of_another_shape_is_refused(build, with_stats, shape):
+    processor = build(statistics(7) if with_stats else None)
+    with pytest.raises(ValueError, match=r"must have shape \[B, chunk, raw\], got \["):
+        processor.postprocess(torch.zeros(shape))
+
+
 def test_values_that_statistics_take_out_of_range_are_refused(build):
     stats = {"mean": [0.0] * 10, "std": [0.0] * 10}
     with pytest.raises(ValueError, match="cond_action has 40 values that are not finite"):
         build(stats, action_normalization="meanstd").preprocess(
             observe(cond_action=[[1e31] * 10] * 4)
         )
+
+
+def test_a_result_that_statistics_take_out_of_range_is_refused(build):
+    stats = {"mean": [0.0] * 10, "std": [1e30] * 10}
+    processor = build(stats, action_normalization="meanstd")
+    with pytest.raises(ValueError, match="the action holds values that are not finite"):
+        processor.postprocess(torch.full((1, 4, 10), 1e30))

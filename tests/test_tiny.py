@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -118,6 +119,17 @@ def test_equal_arguments_give_equal_files(tmp_path):
     assert all((first / f).read_bytes() == (second / f).read_bytes() for f in files)
     assert any((first / f).read_bytes() != (other / f).read_bytes() for f in files)
     assert sum(f.suffix == ".safetensors" for f in files) > 2
+
+
+def test_all_files_may_be_read_by_whom_the_umask_allows(tmp_path):
+    before = os.umask(0o027)
+    try:
+        tiny = make_tiny_checkpoint(tmp_path / "tiny", layers=1, shard_bytes=1 << 20)
+    finally:
+        os.umask(before)
+    files = [path for path in tiny.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    assert sum(path.suffix == ".safetensors" for path in files) > 2
 
 
 def test_kv_heads_must_divide(tmp_path):

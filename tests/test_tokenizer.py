@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -181,6 +183,10 @@ def _other_files(folder):
 BAD = {
     "no folder": (lambda folder: folder.rename(folder.with_name("gone")), "no tokenizer folder"),
     "empty folder": (_no_files, r"load a tokenizer .*: it holds neither tokenizer\.json nor vocab"),
+    "no settings": (
+        lambda folder: (folder / "tokenizer_config.json").unlink(),
+        r"cannot load a tokenizer from .*: it holds no tokenizer_config\.json",
+    ),
     "folder of another kind": (_other_files, "cannot load a tokenizer"),
     "model missing": (
         lambda folder: (folder / "tokenizer.json").write_text("{}"),
@@ -227,3 +233,40 @@ def test_bad_tokenizer_folders_are_refused(tmp_path, breakage, message):
 def test_ids_outside_the_models_vocabulary_are_refused(folder):
     with pytest.raises(ValueError, match="outside the vocabulary of 590"):
         PromptTokenizer(folder, vocab_size=590).encode("Go.")
+    largest = max(PromptTokenizer(folder).encode("Go."))
+    assert max(PromptTokenizer(folder, vocab_size=largest + 1).encode("Go.")) == largest
+    with pytest.raises(ValueError, match=f"token id {largest} is outside"):
+        PromptTokenizer(folder, vocab_size=largest)
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "Go. \udcff"])
+def test_text_that_is_no_unicode_is_refused(tokenizer, text):
+    with pytest.raises(ValueError, match=rf"must be Unicode .* at character {len(text) - 1}"):
+        tokenizer.encode(text)
+
+
+def test_the_longest_control_token_wins(tmp_path, folder):
+    longer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    longer.add_tokens(["<|im_start|>user"], special_tokens=True)  # begins with another one
+    longer.save_pretrained(tmp_path)
+    assert PromptTokenizer(tmp_path).encode("Go.") == template_ids(longer, "Go.")
+
+
+def test_a_stored_truncation_or_padding_does_not_matter(tmp_path, folder, tokenizer):
+    copy = shutil.copytree(folder, tmp_path / "text_tokenizer")
+    document = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    side = {"direction": "Right", "strategy": "LongestFirst"}
+    pad = {"pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+    document["truncation"] = side | {"max_length": 5, "stride": 0}
+    document["padding"] = side | pad | {"strategy": {"Fixed": 400}}
+    (copy / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    assert PromptTokenizer(copy).encode("Go. " * 99) == tokenizer.encode("Go. " * 99)
+
+
+def test_code_of_a_checkpoint_is_never_run(tmp_path, folder):
+    copy, mark = shutil.copytree(folder, tmp_path / "text_tokenizer"), tmp_path / "mark"
+    (copy / "theirs.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    _edit(copy, auto_map={"AutoTokenizer": [None, "theirs.Tokenizer"]})
+    with suppress(ValueError):
+        PromptTokenizer(copy)
+    assert not mark.exists()

@@ -6,7 +6,6 @@ import argparse
 import json
 import shlex
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 
 from cosmos3_fast import denoise
-from cosmos3_fast.cli.output import require_place, writing
+from cosmos3_fast.cli.flags import default_device
+from cosmos3_fast.cli.output import require_place, tell, temporary_folder, writing
 from cosmos3_fast.config import CheckpointConfig, DeviceConfig, EngineArgs
 from cosmos3_fast.engine import Engine
 from cosmos3_fast.testing import fill_random, make_nano_folder, make_tiny_checkpoint
@@ -30,6 +30,7 @@ from cosmos3_fast.testing.tune import (
     gate_up_shapes,
 )
 
+GROWTH = "watch memory over N more requests, rounded up to a multiple of 60 (default: 0, none)"
 COLUMNS = {  # heading -> the row's figure, how it is written
     "tokens": ("tokens", "{:.0f}"),
     "ms p50": ("ms", "{:.1f}"),
@@ -47,31 +48,33 @@ COLUMNS = {  # heading -> the row's figure, how it is written
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure. A row's overhead is the loop over its products and attentions alone."""
     add = parser.add_argument
-    add("--requests", default="D,E,S", help="of D (DROID), E (example), S (one frame)")
-    add("--repeats", type=int, default=20, help="timed requests of each kind")
+    kinds = "D (DROID), E (example), S (one frame)"
+    add("--requests", default="D,E,S", help=f"comma-separated, of {kinds}; default: D,E,S")
+    add("--repeats", type=int, default=20, help="timed requests of each kind (default: 20)")
     add("--decode", action="store_true", help="time the decoder as well")
     add("--eager", action="store_true", help="without captured graphs")
-    add("--growth", type=int, default=0, metavar="N", help="watch memory over N more requests")
+    add("--growth", type=int, default=0, metavar="N", help=GROWTH)
     add("--tune", action="store_true", help="print rows for the tables of choices instead")
     add("--tiny", action="store_true", help="a tiny model and small requests (any machine)")
-    add("--device", help="cuda:N or cpu (default: cuda:0 where there is one)")
-    add("--json", metavar="OUT", help="write the figures there (bench/baselines)")
+    add("--device", help="cuda:N or cpu (default: cuda:0 where there is one, else cpu)")
+    add("--json", metavar="FILE", help="write the figures there, as in bench/baselines")
 
 
 def main(args: argparse.Namespace) -> None:
     """Check, measure, print; ValueError when a check fails, and then no figure of that kind."""
     kinds = _kinds(args)
-    if args.json:
+    if args.json is not None:
         require_place(args.json)
-    target = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    target = default_device("cuda:0") if args.device is None else args.device
     device = torch.device(DeviceConfig(target).target)
     if device.type == "cpu" and not args.tiny:
         raise ValueError("the real size needs a GPU of about 40 GiB: add --tiny here")
     if args.tune and device.type == "cpu":
         raise ValueError("--tune times GPU kernels, and needs a GPU")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with tempfile.TemporaryDirectory(prefix="cosmos3-bench-") as name:
-        folder = make_tiny_checkpoint(name, kv_heads=2) if args.tiny else make_nano_folder(name)
+    with temporary_folder("cosmos3-bench-") as name:
+        with writing(name):
+            folder = make_tiny_checkpoint(name, kv_heads=2) if args.tiny else make_nano_folder(name)
         made = engine_args(folder, str(device), dtype, decode=args.decode, graph=not args.eager)
         if args.tune:
             torch.cuda.set_device(device.index or 0)
@@ -81,12 +84,12 @@ def main(args: argparse.Namespace) -> None:
             if engine.device.type == "cuda":
                 torch.cuda.set_device(engine.device)  # parts are timed outside a request, too
             report = _measure(engine, kinds, args)
-    print(table(report["requests"]))
-    if args.json:
+    tell(table(report["requests"]))
+    if args.json is not None:
         with writing(args.json):
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)
             Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
-        print(f"wrote {args.json}")
+        tell(f"wrote {args.json}")
 
 
 def _kinds(args: argparse.Namespace) -> dict[str, Workload]:
@@ -104,16 +107,15 @@ def _measure(
 ) -> dict[str, Any]:
     """Everything that --json writes."""
     where = machine()
-    print(f"{where['gpu']}, torch {where['torch']}, {_dtype(engine)}, random weights", flush=True)
+    tell(f"{where['gpu']}, torch {where['torch']}, {_dtype(engine)}, random weights")
     rate = gemm_rate(engine.device, engine.model.dtype)
-    print(f"products of {rate:.4g} TFLOP/s on this device", flush=True)
+    tell(f"products of {rate:.4g} TFLOP/s on this device")
     rows = {}
     for kind, workload in kinds.items():
         errors = gate(engine, workload)
-        print(
+        tell(
             f"{kind}: checks passed (error {errors['error']:.1e}, "
             f"eager torch's {errors['eager_error']:.1e})",
-            flush=True,
         )
         row = measure(engine, workload, repeats=args.repeats, rate=rate, decode=args.decode)
         rows[kind] = _rounded(row | errors)
@@ -127,7 +129,7 @@ def _measure(
     if args.growth:
         with configured(engine, decode=False):
             report["growth"] = _rounded(growth(engine, kinds.values(), args.growth))
-        print("growth:", *(f"{name} {value}" for name, value in report["growth"].items()))
+        tell("growth:", *(f"{name} {value}" for name, value in report["growth"].items()))
     return report
 
 
@@ -173,11 +175,11 @@ def _tune(folder: Path, made: EngineArgs, kinds: Mapping[str, Workload]) -> None
         schedule = denoise.schedule_of(plugin, checkpoint.scheduler, workload.steps)
         steps.append(StepShape.of(denoise.plan(workload.request(0), config, schedule)))
     where = machine()
-    print(f"{where['gpu']}, torch {where['torch']}: microseconds of each way, captured, in turn")
+    tell(f"{where['gpu']}, torch {where['torch']}: microseconds of each way, captured, in turn")
     attentions, products = attention_shapes(steps, config), gate_up_shapes(steps, config)
     for lines in (
         attention_rows(attentions, config.head_dim, dtype),
         gate_up_rows(products, config.hidden_size, dtype),
     ):
         for line in lines:
-            print(line, flush=True)
+            tell(line)

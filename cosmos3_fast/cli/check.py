@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from cosmos3_fast import sampler
-from cosmos3_fast.cli.flags import DTYPES
+from cosmos3_fast.cli.flags import DEVICE, DTYPES, default_device
+from cosmos3_fast.cli.output import require_folder, tell
 from cosmos3_fast.config import read_json
 from cosmos3_fast.engine import Engine
 from cosmos3_fast.processor import Cosmos3PolicyProcessor
@@ -27,31 +28,33 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The checkpoint, and where to run it. float32 is the sharp check, at 4 bytes a weight."""
-    parser.add_argument("checkpoint")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="checkpoint folder, diffusers layout")
+    add("--device", help=DEVICE)
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="of both (default: float32)")
 
 
 def main(args: argparse.Namespace) -> None:
     """Run both, print the differences; ValueError (exit status 2) when one is over its bound."""
-    if not Path(args.checkpoint).is_dir():
-        raise ValueError(f"checkpoint folder {args.checkpoint} does not exist")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    require_folder("DIR", args.folder)
+    if not Path(args.folder).is_dir():
+        raise ValueError(f"checkpoint folder {args.folder} does not exist")
+    device = default_device() if args.device is None else args.device
     dtype = DTYPES[args.dtype]
     image = np.random.RandomState(SEED).randint(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-    ours = _ours(args.checkpoint, device, dtype, image)
+    ours = _ours(args.folder, device, dtype, image)
     gc.collect()
-    theirs = _diffusers(args.checkpoint, device, dtype, image)
+    theirs = _diffusers(args.folder, device, dtype, image)
     differences = {name: _difference(ids, theirs[name]) for name, ids in ours.items()}
     for name, difference in differences.items():
-        print(f"{name}: relative L2 difference {difference:.2e}")
+        tell(f"{name}: relative L2 difference {difference:.2e}")
     over = [name for name, difference in differences.items() if not difference <= BOUNDS[dtype]]
     if over:
         raise ValueError(
             f"differs from diffusers by more than {BOUNDS[dtype]:.0e} in {args.dtype}: "
             f"{', '.join(over)}"
         )
-    print(f"agrees with diffusers within {BOUNDS[dtype]:.0e}")
+    tell(f"agrees with diffusers within {BOUNDS[dtype]:.0e}")
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from cosmos3_fast.cli.output import require_folder, write_video, writing
+from cosmos3_fast.cli.flags import DEVICE
+from cosmos3_fast.cli.output import require_folder, tell, write_video, writing
 from cosmos3_fast.testing import make_tiny_checkpoint
 
 PROMPT = "robot picks up the red cup"
@@ -20,16 +21,17 @@ FRAMES, HEIGHT, WIDTH, FPS = 17, 240, 320, 24.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the results go, and how long the loops are."""
-    parser.add_argument("--out", default="out")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--device")
+    add = parser.add_argument
+    add("--out", default="out", metavar="DIR", help="folder of the results (default: out)")
+    add("--steps", type=int, default=8, help="denoising steps of each request (default: 8)")
+    add("--device", help=DEVICE)
 
 
 def main(args: argparse.Namespace) -> None:
     """Checkpoint, scene, then policy, forward dynamics of its actions, inverse dynamics of the
     clip.
     """
-    from cosmos3_fast.cli import main as command  # the command is what a user would type
+    from cosmos3_fast.cli import parser, perform  # the commands are what a user would type
 
     require_folder("--out", args.out)
     begin, out = time.perf_counter(), Path(args.out)
@@ -43,17 +45,18 @@ def main(args: argparse.Namespace) -> None:
         write_video(out / "observation.mp4", clip.permute(3, 0, 1, 2)[None] / 255, FPS)
     common = ["--checkpoint", str(checkpoint), "--prompt", PROMPT, "--domain-name", "droid_lerobot"]
     common += ["--image-size", "256", "--steps", str(args.steps)]
-    common += ["--device", args.device] if args.device else []
+    common += [] if args.device is None else ["--device", args.device]
     image = ["--image", str(out / "observation.png")]
     policy = [*image, "--guidance-scale", "3.0"]
     forward = [*image, "--mode", "forward_dynamics", "--action-file", f"{out}/policy_action.json"]
     inverse = ["--video", str(out / "observation.mp4"), "--mode", "inverse_dynamics"]
     for name, flags in (("policy", policy), ("forward", forward), ("inverse", inverse)):
-        print(f"--- {name}", flush=True)
-        status = command(["run", *common, *flags, "--out", str(out / name)])
+        tell(f"--- {name}")
+        flags = ["run", *common, *flags, "--out", str(out / name)]
+        status = perform(parser().parse_args(flags))
         if status:
             raise SystemExit(status)
-    print(f"three requests, one tiny checkpoint: {time.perf_counter() - begin:.1f} s; see {out}/")
+    tell(f"three requests, one tiny checkpoint: {time.perf_counter() - begin:.1f} s; see {out}/")
 
 
 def render(index: int) -> Image.Image:

@@ -5,7 +5,8 @@ example script's.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,17 @@ from cosmos3_fast.config import (
     RuntimeConfig,
 )
 from cosmos3_fast.processor import DROID, Cosmos3PolicyProcessor
+from cosmos3_fast.processor.canvas import TIERS
+from cosmos3_fast.processor.prompt import VIEW_SENTENCES
 from cosmos3_fast.processor.stats import NORMALIZATIONS
 from cosmos3_fast.request import MODES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KARRAS = {"auto": None, "true": True, "false": False}
+PROMPT, SEED = "robot manipulates objects", 42
+DEVICE = "cuda, cuda:N or cpu (default: this rank's GPU, else cpu)"
+NAMES = ("checkpoint", "device", "image", "video", "action_file", "action_stats_path", "json")
+_NEGATIVE = re.compile(r"-[\d.][\d.,eE+-]*")  # numbers, the first below zero
 # argparse's default of these is None: a preset may replace ours, and what was given is known.
 DEFAULTS: dict[str, Any] = {
     "negative_prompt": "",
@@ -50,42 +57,81 @@ DEFAULTS: dict[str, Any] = {
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
     """What is asked: observation, instruction, mode, embodiment, sampling."""
     add = parser.add_argument
-    add("--preset", choices=("droid",), help="the released DROID checkpoint's own recipe")
-    add("--prompt", default="robot manipulates objects")
+    add("--preset", choices=("droid",), help="the released DROID checkpoint's recipe; flags win")
+    add("--prompt", default=PROMPT, help=f"the instruction (default: {PROMPT})")
     add("--negative-prompt", help="default: empty")
-    add("--mode", choices=MODES, default="policy")
+    add("--mode", choices=MODES, default="policy", help="default: policy")
     add("--condition-frames", help="clean latent frames, e.g. 0,1 (default: the mode's own)")
-    add("--prompt-format", choices=("plain", "json"), default="json")
-    add("--view-point")
-    add("--view-description", help="more about the view, behind the view point's sentence")
-    add("--domain-name", help="embodiment, e.g. droid_lerobot (default: agibotworld)")
-    add("--action-chunk-size", type=int)
-    add("--raw-action-dim", type=int)
-    add("--action-stats-path")
+    add("--prompt-format", choices=("plain", "json"), default="json", help="default: json")
+    add("--view-point", help=_of("view_point", VIEW_SENTENCES))
+    add("--view-description", help="more about the view, behind its sentence (default: nothing)")
+    add("--domain-name", help="embodiment, e.g. droid_lerobot, or an id" + _by("domain_name"))
+    add("--action-chunk-size", type=int, help="1 or a multiple of 4" + _by("action_chunk_size"))
+    add("--raw-action-dim", type=int, help="width of an action (default: the embodiment's)")
+    add("--action-stats-path", help="JSON statistics of the robot's actions (default: none)")
     add("--action-normalization", choices=NORMALIZATIONS, help="default: minmax")
     add("--num-frames", type=int, help="1: PhyAI's one-frame shape (default: chunk + 1)")
-    add("--height", type=int, help="default: 480")
-    add("--width", type=int, help="default: 832")
-    add("--image-size", type=int, help="tier of the canvas; 0 takes --height x --width")
-    add("--no-prompt-metadata", action="store_true")
-    add("--fps", type=float)
-    add("--steps", type=int)
-    add("--guidance-scale", type=float)
-    add("--guidance-interval", help="LO,HI in timesteps: guidance only where LO < t < HI")
-    add("--schedule", choices=SCHEDULES)
-    add("--flow-shift", type=float)
-    add("--use-karras-sigmas", choices=tuple(KARRAS), default="auto")
-    add("--seed", type=int, default=42)
+    add("--height", type=int, help="with --image-size 0, a multiple of 16" + _by("height"))
+    add("--width", type=int, help="with --image-size 0, a multiple of 16" + _by("width"))
+    tiers = "tier of the canvas, or 0 for --height x --width: "
+    add("--image-size", type=int, help=tiers + _of("image_size", (*TIERS, 0)))
+    add("--no-prompt-metadata", action="store_true", help="plain prompts: the text alone")
+    add("--fps", type=float, help="frames a second" + _by("fps"))
+    add("--steps", type=int, help="denoising steps, 1 to 1000" + _by("steps"))
+    add("--guidance-scale", type=float, help="1: no guidance" + _by("guidance_scale"))
+    interval = "LO,HI in timesteps 0 to 1000: guidance only where LO < t < HI (default: everywhere)"
+    add("--guidance-interval", help=interval)
+    add("--schedule", choices=SCHEDULES, help="default: what the checkpoint's files say")
+    add("--flow-shift", type=float, help="of flow and native schedules" + _by("flow_shift"))
+    karras = "without --schedule: true karras, false native, auto the files' (default: auto)"
+    add("--use-karras-sigmas", choices=tuple(KARRAS), default="auto", help=karras)
+    add("--seed", type=int, default=SEED, help=f"of the noise (default: {SEED})")
+
+
+def _by(name: str) -> str:
+    """A flag's default in its help."""
+    return f" (default: {DEFAULTS[name]})"
+
+
+def _of(name: str, values: Iterable[object]) -> str:
+    """A flag's values and its default in its help."""
+    return f"{', '.join(map(str, values))} (default: {DEFAULTS[name]})"
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
     """Where it runs."""
     add = parser.add_argument
-    add("--checkpoint", required=True, help="checkpoint folder, diffusers layout")
-    add("--tp", type=int, default=1, help="tensor-parallel ranks of each branch")
-    add("--cfg", type=int, default=1, help="2: the guidance branches on two groups of ranks")
-    add("--device", help="cuda, cuda:N or cpu (default: this rank's GPU, else cpu)")
+    add("--checkpoint", required=True, metavar="DIR", help="checkpoint folder, diffusers layout")
+    add("--tp", type=int, default=1, help="tensor-parallel ranks of each branch (default: 1)")
+    cfg = "1, or 2: the guidance branches on two groups of ranks (default: 1)"
+    add("--cfg", type=int, default=1, help=cfg)
+    add("--device", help=DEVICE)
     add("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
+
+
+def default_device(gpu: str = "cuda") -> str:
+    """`gpu` where there is one, else cpu."""
+    return gpu if torch.cuda.is_available() else "cpu"
+
+
+def join_numbers(argv: Sequence[str]) -> list[str]:
+    """argv with `--flag -0.1,0.2` as `--flag=-0.1,0.2`: argparse takes the number for a flag."""
+    joined: list[str] = []
+    for word in argv:
+        before = joined[-1] if joined else ""
+        if _NEGATIVE.fullmatch(word) and re.fullmatch("--[a-z-]+", before):
+            joined[-1] = f"{before}={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def require_names(args: argparse.Namespace) -> None:
+    """ValueError for a file, folder or device whose name is empty."""
+    for name in NAMES:
+        value = getattr(args, name, None)
+        if "" in (value if isinstance(value, list) else [value]):
+            raise ValueError(f"--{name.replace('_', '-')} must not be empty, got ''")
 
 
 @dataclass(frozen=True)
@@ -121,7 +167,7 @@ class Settings:
 
     @property
     def device(self) -> str:
-        return self.args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device() if self.args.device is None else self.args.device
 
     @property
     def dtype(self) -> torch.dtype:

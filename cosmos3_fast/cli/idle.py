@@ -59,7 +59,7 @@ TABLE: tuple[tuple[tuple[str, ...], Idle, str], ...] = (
     ),
     (
         ("action_normalization",),
-        lambda asked, _: not asked.args.action_stats_path,
+        lambda asked, _: asked.args.action_stats_path is None,
         "no effect without --action-stats-path",
     ),
     (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from cosmos3_fast.cli.observation import (
     check_observation,
     observe,
 )
+from cosmos3_fast.cli.output import tell
 from cosmos3_fast.cli.run import request_of
 from cosmos3_fast.config import CheckpointConfig
 from cosmos3_fast.graph import ShapeKey
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     config = checkpoint.transformer
     processor = settings.processor("cpu")
     seen = args.image is not None or args.video is not None
-    frames = observe(settings, processor.num_frames) if seen else blank(settings)
+    frames = observe(settings, processor.frames_read()) if seen else blank(settings)
     actions = torch.zeros(processor.action_chunk_size, processor.action_width)
     cond_action = actions if args.mode == "forward_dynamics" else None
     processed = processor.preprocess(
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
     } | _memory(settings, checkpoint, plan.key, plan.layout.values)
     width = max(len(name) for name in facts)
     for name, value in facts.items():
-        sys.stdout.write(f"{name:<{width}}  {value}\n")
+        tell(f"{name:<{width}}  {value}")
 
 
 def _memory(

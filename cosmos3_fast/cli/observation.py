@@ -12,6 +12,7 @@ import torch
 from cosmos3_fast.cli.flags import Settings, named
 from cosmos3_fast.processor import compose_droid_views
 from cosmos3_fast.processor.images import read_image, read_video
+from cosmos3_fast.processor.policy import warn_of_surplus
 from cosmos3_fast.processor.views import DROID_SIZE, droid_mosaic
 
 ASPECT_TOLERANCE = 0.01  # of a mosaic's height over width; what it leaves is stretched
@@ -21,7 +22,7 @@ def add_observation_flags(parser: argparse.ArgumentParser) -> None:
     """A picture or a clip."""
     add = parser.add_argument
     add("--image", nargs="+", help="one image; with --preset droid a mosaic, or wrist left right")
-    add("--video", help="observation clip instead of --image")
+    add("--video", help="observation clip instead of --image; its first frames are read")
 
 
 def check_observation(args: argparse.Namespace) -> None:
@@ -35,13 +36,16 @@ def check_observation(args: argparse.Namespace) -> None:
 
 
 def observe(settings: Settings, limit: int) -> torch.Tensor:
-    """uint8 [T,H,W,3]: the picture, or at most `limit` frames of the clip; with the DROID preset
-    mosaics of its size. ValueError names the flag.
+    """uint8 [T,H,W,3]: the picture, or at most `limit` frames of the clip (a warning says so where
+    it holds more); with the DROID preset mosaics of its size. ValueError names the flag.
     """
     args, droid = settings.args, settings.args.preset == "droid"
     if args.video is not None:
         with named("--video"):
-            frames = read_video(args.video, limit)
+            frames = read_video(args.video, limit + 1)
+            if len(frames) > limit:
+                warn_of_surplus(args.mode, limit, args.video)
+                frames = frames[:limit]
             return torch.stack([_mosaic(frame) for frame in frames]) if droid else frames
     with named("--image"):
         first, *others = [_picture(path) for path in args.image]

@@ -1,7 +1,8 @@
-"""What a run leaves behind: action JSON, video file, plot of the action chunk."""
+"""What a command leaves behind: lines, action JSON, video file, plot of the action chunk."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -9,14 +10,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import TextIO
 
 import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
 
 from cosmos3_fast.processor import write_actions
 
+PIPE_CLOSED = 141  # 128 + SIGPIPE, as shells have it
+
 
 class SaidError(Exception):
-    """An error that stands on stderr already: the command has only to end with status 2."""
+    """An error that stands on stderr already: the command has only to end with `status`."""
+
+    def __init__(self, words: str, status: int = 2) -> None:
+        super().__init__(words)
+        self.status = status
+
+
+class PipeClosedError(ValueError):
+    """Whoever read standard output has gone, as `head` does, and wants no words about it."""
 
 
 def line(command: str, words: Exception | str) -> str:
@@ -25,19 +39,55 @@ def line(command: str, words: Exception | str) -> str:
 
 
 def say(command: str, words: Exception | str) -> SaidError:
-    """That line on stderr, now, in one piece: the ranks of a launch share it."""
+    """That line on stderr, now, in one piece: the ranks of a launch share it. None for a closed
+    pipe.
+    """
+    if isinstance(words, PipeClosedError):
+        return SaidError(str(words), PIPE_CLOSED)
     sys.stderr.write(f"{line(command, words)}\n")
     sys.stderr.flush()
     return SaidError(str(words))
 
 
+def tell(*words: object, end: str = "\n") -> None:
+    """`print`, at once. Where standard output takes nothing more a ValueError, for a closed pipe a
+    PipeClosedError; what is left in its buffer is dropped, so that the end does not try again.
+    """
+    try:
+        print(*words, end=end, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        kind = PipeClosedError if isinstance(error, BrokenPipeError) else ValueError
+        raise kind(f"cannot write standard output: {error.strerror or error}") from error
+
+
+class AboveBars(logging.StreamHandler[TextIO]):
+    """Log lines above a progress bar, where they would else stand in it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
+
+
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """An OSError in here (no space, no permission) becomes a ValueError that names `path`."""
+    """An OSError in here (no space, no permission) becomes a ValueError that names `path`; so does
+    safetensors' own error.
+    """
     try:
         yield
-    except OSError as error:
-        raise ValueError(f"cannot write {os.fspath(path)}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write {os.fspath(path)}: {said}") from error
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[str]:
+    """As tempfile.TemporaryDirectory; ValueError where none can be made."""
+    with writing("a temporary folder"):
+        folder = tempfile.TemporaryDirectory(prefix=prefix)
+    with folder as name:
+        yield name
 
 
 def require_place(path: str | os.PathLike[str]) -> None:

@@ -24,6 +24,7 @@ from cosmos3_fast.cli.output import (
     require_writers,
     result_files,
     say,
+    tell,
     video_rate,
     write_results,
 )
@@ -46,11 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_observation_flags(parser)
     add = parser.add_argument
     add("--state", help="--preset droid: 7 joints in radians and the gripper, comma-separated")
-    add("--action-file", help="JSON actions (forward_dynamics)")
+    add("--action-file", help="JSON actions; needed by --mode forward_dynamics alone")
     add("--action-chunk-index", type=int, help="of a file with action_chunks (default: 0)")
-    add("--no-video", action="store_true", help="do not decode the rollout")
+    add("--no-video", action="store_true", help="do not decode the rollout (default: an mp4)")
     add("--warmup", action="store_true", help="first run it unseen: times as in a control loop")
-    add("--out", default=".cache/cosmos3_policy_wn", help="prefix of the files written")
+    out = ".cache/cosmos3_policy_wn"
+    add("--out", default=out, metavar="PREFIX", help=f"of the files written (default: {out})")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -129,7 +131,7 @@ def _request(
         assert state is not None
         with named("--state"):
             clean_action = droid.encode_state(state[:-1], state[-1])
-    inputs["images"] = observe(settings, processor.num_frames)
+    inputs["images"] = observe(settings, processor.frames_read())
     processed = processor.preprocess(inputs)
     return processor, request_of(processed, settings, clean_action)
 
@@ -167,8 +169,8 @@ def _finish(settings: Settings, engine: Engine, results: dict[str, torch.Tensor]
     title = f"{args.mode}, {settings.values['domain_name']}"
     written = write_results(args.out, results, fps, title)
     times = ", ".join(f"{stage} {ms:.1f}" for stage, ms in engine.times.items())
-    print(f"ms: {times}; total {sum(engine.times.values()):.1f}")
+    tell(f"ms: {times}; total {sum(engine.times.values()):.1f}")
     if engine.peak_bytes:
-        print(f"peak device memory: {engine.peak_bytes / 2**30:.2f} GiB")
+        tell(f"peak device memory: {engine.peak_bytes / 2**30:.2f} GiB")
     for path in written:
-        print(f"wrote {path}")
+        tell(f"wrote {path}")

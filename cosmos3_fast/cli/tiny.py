@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from cosmos3_fast.cli.output import require_folder, writing
+from cosmos3_fast.cli.output import require_folder, tell, writing
 from cosmos3_fast.testing import make_tiny_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder and the seed of the weights."""
-    parser.add_argument("folder", metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="an empty or new folder, or an earlier tiny checkpoint")
+    add("--seed", type=int, default=0, help="of the weights (default: 0)")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -19,4 +20,4 @@ def main(args: argparse.Namespace) -> None:
     require_folder("DIR", args.folder)
     with writing(args.folder):
         make_tiny_checkpoint(args.folder, seed=args.seed)
-    print(f"wrote a tiny checkpoint to {args.folder}")
+    tell(f"wrote a tiny checkpoint to {args.folder}")

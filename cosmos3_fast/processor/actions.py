@@ -16,6 +16,7 @@ import torch
 from cosmos3_fast.numeric import is_number
 
 logger = logging.getLogger(__name__)
+_DEPTH = 8  # of nested lists; more than any form of actions has
 
 
 def action_rows(actions: Any, name: str = "cond_action") -> torch.Tensor:
@@ -49,9 +50,9 @@ def action_rows(actions: Any, name: str = "cond_action") -> torch.Tensor:
 
 def check_numbers(values: Any, name: str) -> None:
     """ValueError naming the first leaf of nested lists, or the dtype of an array, that is no real
-    number. Booleans are none.
+    number. Booleans are none. ValueError for lists nested deeper than rows of chunks are.
     """
-    for place, leaf in _leaves(values, ()):
+    for place, leaf in _leaves(values, (), name):
         if isinstance(leaf, torch.Tensor):
             numeric = not leaf.dtype.is_complex and leaf.dtype != torch.bool
         elif hasattr(leaf, "__array__"):
@@ -65,11 +66,15 @@ def check_numbers(values: Any, name: str) -> None:
             raise ValueError(f"{name} is not numeric: expected numbers, got {came}{where}")
 
 
-def _leaves(values: Any, place: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:
+def _leaves(
+    values: Any, place: tuple[int, ...], name: str
+) -> Iterator[tuple[tuple[int, ...], Any]]:
     """What nested lists hold, each with its indexes."""
     if isinstance(values, (list, tuple)):
+        if len(place) > _DEPTH:
+            raise ValueError(f"{name} is nested more than {_DEPTH} lists deep")
         for index, value in enumerate(values):
-            yield from _leaves(value, (*place, index))
+            yield from _leaves(value, (*place, index), name)
     else:
         yield place, values
 
@@ -131,7 +136,10 @@ def parse_actions(
         if not isinstance(chunks, list) or not 0 <= index < len(chunks):
             held = len(chunks) if isinstance(chunks, list) else type(chunks).__name__
             raise ValueError(f"{name}: action chunk {index} asked for, action_chunks holds {held}")
-        return parse_actions(chunks[index], None, f"{name}: action_chunks[{index}]")
+        chunk, name = chunks[index], f"{name}: action_chunks[{index}]"
+        if isinstance(chunk, dict) and "action_chunks" in chunk:
+            raise ValueError(f"{name} must hold rows, got action_chunks again")
+        return parse_actions(chunk, None, name)
     if index is not None:
         logger.warning("%s holds no action_chunks: chunk %d of what it holds is all", name, index)
     if isinstance(document, dict) and "data" in document:
@@ -153,7 +161,7 @@ def read_actions(path: str | os.PathLike[str], index: int | None = None) -> torc
     name = os.fspath(path)
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read actions from {name!r}: {error}") from error
     return parse_actions(document, index, repr(name))
 

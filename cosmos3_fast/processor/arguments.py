@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cosmos3_fast.numeric import is_finite, is_integer
+from cosmos3_fast.tokenizer import check_unicode
 
 _Kind = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is that
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,7 +35,10 @@ def _or_none(kind: _Kind) -> _Kind:
 
 _INTEGER: _Kind = ("an integer", is_integer)
 _TEXT: _Kind = ("text", lambda value: isinstance(value, str))
-_PATH: _Kind = ("a path", lambda value: isinstance(value, (str, os.PathLike)))
+_PATH: _Kind = (
+    "a path",
+    lambda value: isinstance(value, (str, os.PathLike)) and bool(os.fspath(value)),
+)
 _FLAG: _Kind = ("True or False", lambda value: isinstance(value, (bool, np.bool_)))
 ARGUMENTS: dict[str, _Kind] = {
     "tokenizer_name_or_path": _PATH,
@@ -60,8 +64,12 @@ ARGUMENTS: dict[str, _Kind] = {
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
-    """ValueError naming the first argument that is not what ARGUMENTS says of it."""
+    """ValueError naming the first argument that is not what ARGUMENTS says of it, or is a text
+    that UTF-8 cannot hold.
+    """
     for name, (what, fits) in ARGUMENTS.items():
         value = given[name]
         if not fits(value):
             raise ValueError(f"{name} must be {what}, got {value!r} ({type(value).__name__})")
+    for name in ("negative_prompt", "view_description"):
+        check_unicode(given[name] or "", name)

@@ -38,27 +38,55 @@ def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
 
 
 def read_video(path: str | os.PathLike[str], limit: int | None = None) -> torch.Tensor:
-    """The first `limit` frames (all by default) of a video as RGB uint8 [T,H,W,3].
+    """The first `limit` frames (all by default) of a video as RGB uint8 [T,H,W,3], turned as
+    players turn them.
 
-    Needs PyAV (the extra `video`). ValueError naming the file when it cannot be decoded or holds
-    no frame.
+    Needs PyAV (the extra `video`). ValueError naming the file when it cannot be decoded, holds no
+    frame, or is turned by anything but quarters.
     """
+    av, name = _pyav(), os.fspath(path)
+    try:
+        with open(name, "rb") as file, av.open(file) as container:  # never an address
+            decoded = container.decode(video=0) if container.streams.video else iter(())
+            frames = [_upright_frame(frame) for frame in itertools.islice(decoded, limit)]
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise ValueError(f"cannot read a video from {name!r}: {error}") from error
+    if not frames:
+        raise ValueError(f"empty video: {name!r} holds no frame")
+    return torch.from_numpy(np.stack(frames))
+
+
+def video_length(path: str | os.PathLike[str]) -> int | None:
+    """Frames of a video that can be read, by its header; None where that says nothing."""
+    with open(path, "rb") as file, _pyav().open(file) as container:
+        return container.streams.video[0].frames or None
+
+
+def _pyav() -> Any:
     try:
         import av
     except ImportError as error:
         raise ImportError("reading video files needs PyAV: pip install cosmos3-fast[video]") from (
             error
         )
-    name = os.fspath(path)
-    try:
-        with open(name, "rb") as file, av.open(file) as container:  # never an address
-            decoded = container.decode(video=0) if container.streams.video else iter(())
-            frames = [f.to_ndarray(format="rgb24") for f in itertools.islice(decoded, limit)]
-    except (av.FFmpegError, OSError) as error:
-        raise ValueError(f"cannot read a video from {name!r}: {error}") from error
-    if not frames:
-        raise ValueError(f"empty video: {name!r} holds no frame")
-    return torch.from_numpy(np.stack(frames))
+    return av
+
+
+def _upright_frame(frame: Any) -> np.ndarray:
+    """RGB uint8 [H,W,3] of a decoded frame, by its display matrix, as phones write it: what stands
+    at (x, y), to the right and down, is shown at (a x + c y, b x + d y).
+    """
+    pixels: np.ndarray = frame.to_ndarray(format="rgb24")
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    straight, across = abs(a) + abs(d), abs(b) + abs(c)
+    if min(straight, across) > 0.01 * max(straight, across):
+        raise ValueError(f"it is turned by {frame.rotation} degrees; expected quarter turns")
+    if across > straight:
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def _from_pil(image: Image.Image) -> torch.Tensor:
@@ -81,8 +109,8 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _to_uint8(array: torch.Tensor) -> torch.Tensor:
-    """uint8 as it is; floats from [0,1], or from [-1,1] when any is negative."""
+def _to_uint8(array: torch.Tensor, signed: bool) -> torch.Tensor:
+    """uint8 as it is; floats from [-1,1] where `signed`, else from [0,1]."""
     if array.dtype == torch.uint8:
         return array
     if not array.is_floating_point():
@@ -92,14 +120,17 @@ def _to_uint8(array: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"floating point image values must lie in [0, 1] or [-1, 1], got {low} to {high}"
         )
-    unit = array.float() if low >= 0 else array.float() * 0.5 + 0.5
+    unit = array.float() * 0.5 + 0.5 if signed else array.float()
     return (unit * 255).round().to(torch.uint8)
 
 
-def _from_array(array: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """[H,W,C], [C,H,W], [T,H,W,C] or [T,C,H,W] with C 3 or 4 (alpha is dropped)."""
+def _colours(array: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """[T,H,W,3] from [H,W,C], [C,H,W], [T,H,W,C] or [T,C,H,W] with C 3 or 4 (alpha is dropped)."""
     if isinstance(array, np.ndarray):
-        array = torch.from_numpy(np.ascontiguousarray(array))
+        if array.dtype.kind not in "uif":
+            raise ValueError(f"image values must be uint8 or floating point, got {array.dtype}")
+        # Writable, too: torch warns of others.
+        array = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     tensor = array.detach().cpu()
     if tensor.ndim not in (3, 4) or tensor.numel() == 0:
         raise ValueError(
@@ -110,10 +141,20 @@ def _from_array(array: np.ndarray | torch.Tensor) -> torch.Tensor:
         if frames.shape[1] not in (3, 4):
             raise ValueError(f"an image must have 3 colours, got shape {list(tensor.shape)}")
         frames = frames.permute(0, 2, 3, 1)
-    return _to_uint8(frames[..., :3]).contiguous()
+    return frames[..., :3]
 
 
-def _one_source(source: Any, limit: int) -> torch.Tensor:
+def holds_negative(source: Any) -> bool:
+    """Whether an observation's floats, all of a list together, lie in [-1,1]: any is negative."""
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        colours = _colours(source)
+        return colours.is_floating_point() and bool((colours < 0).any())
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        return any(map(holds_negative, source))
+    return False
+
+
+def _one_source(source: Any, limit: int, signed: bool) -> torch.Tensor:
     if isinstance(source, (str, os.PathLike)):
         if Path(source).suffix.lower() in VIDEO_SUFFIXES:
             return read_video(source, limit)
@@ -121,29 +162,31 @@ def _one_source(source: Any, limit: int) -> torch.Tensor:
     if isinstance(source, Image.Image):
         return _from_pil(source)[None]
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return _from_array(source)[:limit]
+        return _to_uint8(_colours(source), signed).contiguous()[:limit]
     raise ValueError(
         "images must be a path, a PIL image, an array, a tensor or a list of these; "
         f"got {type(source).__name__}"
     )
 
 
-def load_frames(source: Any, limit: int) -> torch.Tensor:
+def load_frames(source: Any, limit: int, signed: bool | None = None) -> torch.Tensor:
     """At most `limit` (>= 1) frames of an observation, uint8 [T,H,W,3] on the CPU.
 
     `source` is a path (image or video), a PIL image, an array or tensor ([H,W,3], [3,H,W] or a
-    clip with T in front; uint8, or floats in [0,1] or [-1,1]), or a list of single frames of one
-    size, which are all read. ValueError for what cannot be read, is empty, has frames of different
-    sizes, and for a clip in a list.
+    clip with T in front; uint8 or floats), or a list of single frames of one size, which are all
+    read. Floats lie in [0,1], unless any value of the whole source is negative: then all of them
+    lie in [-1,1] (`signed` says it for a source that is part of an observation). ValueError for
+    what cannot be read, is empty, has frames of different sizes, and for a clip in a list.
     """
+    signed = holds_negative(source) if signed is None else signed
     if not isinstance(source, Sequence) or isinstance(source, str):
-        return _one_source(source, limit)
+        return _one_source(source, limit, signed)
     if not source:
         raise ValueError("images is an empty list; expected at least one frame")
     frames: list[torch.Tensor] = []
     sizes: set[tuple[int, int]] = set()
     for place, item in enumerate(source):
-        frame = _one_source(item, 2)
+        frame = _one_source(item, 2, signed)
         if len(frame) > 1:
             raise ValueError(f"images[{place}] is a clip; a list must hold single frames")
         sizes.add((int(frame.shape[1]), int(frame.shape[2])))

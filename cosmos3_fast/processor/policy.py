@@ -17,11 +17,11 @@ from cosmos3_fast.processor.actions import ActionPad, action_rows
 from cosmos3_fast.processor.arguments import check_arguments
 from cosmos3_fast.processor.canvas import Canvas
 from cosmos3_fast.processor.domains import resolve_domain_id, resolve_raw_action_dim
-from cosmos3_fast.processor.images import fit_length, load_frames
+from cosmos3_fast.processor.images import fit_length, load_frames, video_length
 from cosmos3_fast.processor.prompt import Caption
 from cosmos3_fast.processor.stats import check_normalization, load_stats
 from cosmos3_fast.request import MODES, TEMPORAL_FACTOR, pixel_to_latent_shape
-from cosmos3_fast.tokenizer import PromptTokenizer
+from cosmos3_fast.tokenizer import PromptTokenizer, check_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,9 @@ class Cosmos3PolicyProcessor:
         )
         self._pad = ActionPad(self.action_chunk_size, self.action_dim)
         self._stats = (
-            load_stats(action_stats_path, action_normalization) if action_stats_path else None
+            None
+            if action_stats_path is None
+            else load_stats(action_stats_path, action_normalization)
         )
         self.tokenizer = PromptTokenizer(tokenizer_name_or_path)
         self.negative_prompt = negative_prompt
@@ -172,6 +174,17 @@ class Cosmos3PolicyProcessor:
             fps=self.fps,
         )
 
+    def frames_read(self, mode: str | None = None) -> int:
+        """How many frames of an observation a request of `mode` (None: the processor's own) reads:
+        1 + 4·last, those that the clean latent frames up to `last` depend on.
+        """
+        last = pixel_to_latent_shape(self.num_frames, 1, 1)[0] - 1
+        if self.cond_frame_indexes is not None:
+            last = max(self.cond_frame_indexes, default=0)
+        elif (mode or self.mode) != "inverse_dynamics":
+            last = 0
+        return 1 + TEMPORAL_FACTOR * last
+
     def postprocess(
         self, output: Mapping[str, Any] | torch.Tensor, *, raw_action_dim: int | None = None
     ) -> dict[str, Any]:
@@ -208,25 +221,20 @@ class Cosmos3PolicyProcessor:
         return self._pad(rows if self._stats is None else self._stats.normalize(rows), width)
 
     def _observation(self, inputs: Mapping[str, Any], mode: str) -> torch.Tensor:
-        """The pixel frames that the clean latent frames depend on: uint8 [1 + 4·last,H,W,3]."""
+        """The frames that the request reads: uint8 [frames_read,H,W,3]."""
         if inputs.get("images") is None:
             raise ValueError(f"preprocess needs 'images'; the inputs hold {sorted(inputs)}")
-        last = pixel_to_latent_shape(self.num_frames, 1, 1)[0] - 1
-        if self.cond_frame_indexes is not None:
-            last = max(self.cond_frame_indexes, default=0)
-        elif mode != "inverse_dynamics":
-            last = 0
-        count = 1 + TEMPORAL_FACTOR * last
-        images = inputs["images"]
+        images, count = inputs["images"], self.frames_read(mode)
         frames = load_frames(images, count + 1)  # one more tells whether any are left over
         if len(frames) < count:
             logger.warning("%d of %d frames given; the last is repeated", len(frames), count)
         if len(frames) > count:
-            given = _frames_given(images)
-            logger.warning("mode %s reads %d of %s; the others are dropped", mode, count, given)
+            warn_of_surplus(mode, count, images)
         return fit_length(frames, count)
 
     def _finish(self, action: torch.Tensor, width: int | None) -> torch.Tensor:
+        if action.ndim != 3 or 0 in action.shape:
+            raise ValueError(f"the action must have shape [B, chunk, raw], got {[*action.shape]}")
         if width is not None:
             if not is_integer(width) or not 1 <= width <= action.shape[-1]:
                 raise ValueError(
@@ -269,10 +277,19 @@ def _tensors(output: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def _frames_given(images: Any) -> str:
+def warn_of_surplus(mode: str, count: int, images: Any) -> None:
+    """Log that `mode` reads `count` frames of `images` (a video's path, frames), which are more."""
+    logger.warning(
+        "mode %s reads %d of %s; the others are dropped", mode, count, _frames_given(images, count)
+    )
+
+
+def _frames_given(images: Any, count: int) -> str:
     """A clip in words; three pictures may have been meant as DROID's three views."""
     if isinstance(images, (str, os.PathLike)):
-        return f"the frames of {os.fspath(images)!r}"
+        length = video_length(images) or 0
+        number = str(length) if length > count else f"more than {count}"  # a header may be wrong
+        return f"{number} frames of {os.fspath(images)!r}"
     hint = " (a clip; three cameras' views go through compose_droid_views)"
     return f"{len(images)} frames{hint if len(images) == 3 else ''}"
 
@@ -285,6 +302,7 @@ def _task(inputs: Mapping[str, Any]) -> str:
         task = task[0]
     if not isinstance(task, str) or not task.strip():
         raise ValueError(f"'task' must be an instruction that is not empty, got {task!r}")
+    check_unicode(task, "'task'")
     return task
 
 

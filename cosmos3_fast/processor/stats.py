@@ -88,13 +88,14 @@ def load_stats(path: str | os.PathLike[str], normalization: str) -> ActionStats:
     """Statistics from a file, for meanstd, minmax, quantile or quantile_rot.
 
     meanstd: x·std + mean with std >= 1e-8; the others (x+1)/2·range + low with range >= 1e-6.
-    ValueError naming the file for an unknown normalisation, unreadable or incomplete stats.
+    ValueError for an unknown normalisation, and naming the file for unreadable or incomplete stats,
+    a negative std and a range whose end lies below its beginning.
     """
     check_normalization(normalization)
     name = repr(os.fspath(path))
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read action stats from {name}: {error}") from error
     block, first, second = _BLOCKS[normalization]
     stats = document.get(block, document) if isinstance(document, dict) else None
@@ -103,6 +104,15 @@ def load_stats(path: str | os.PathLike[str], normalization: str) -> ActionStats:
     a, b = _vector(stats, first, name), _vector(stats, second, name)
     if a.shape != b.shape:
         raise ValueError(f"action stats {name}: {first} has {len(a)} values, {second} {len(b)}")
+    low, bound = (torch.zeros_like(b), "0") if normalization == "meanstd" else (a, first)
+    _check_order(low, b, f"action stats {name}: {second} must not be below {bound}")
     if normalization == "meanstd":
         return ActionStats(scale=b.clamp(min=1e-8), offset=a)
     return ActionStats(scale=(b - a).clamp(min=1e-6), offset=a, shift=1.0)
+
+
+def _check_order(low: torch.Tensor, high: torch.Tensor, words: str) -> None:
+    """ValueError with `words` for the first channel in which high < low; [D] each."""
+    for channel, (a, b) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
+        if b < a:
+            raise ValueError(f"{words}, got {b:g} < {a:g} in channel {channel}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cosmos3_fast.processor.images import load_frames
+from cosmos3_fast.processor.images import holds_negative, load_frames
 
 DROID_SIZE = (540, 640)
 
@@ -24,10 +24,13 @@ def _stretch(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def compose_droid_views(wrist: Any, exterior_1: Any, exterior_2: Any) -> torch.Tensor:
     """Wrist camera on top, exterior_1 and exterior_2 below it at half its size: uint8 [540,640,3].
 
-    Each view is what `load_frames` takes (of a clip, the first frame). Exteriors are resized to
-    (wrist_h//2, wrist_w//2), the whole to 540x640 when it is not that already (docs/model.md, 4).
+    Each view is what `load_frames` takes (of a clip, the first frame); floats of all three lie in
+    [0,1], or in [-1,1] when any is negative. Exteriors are resized to (wrist_h//2, wrist_w//2), the
+    whole to 540x640 when it is not that already (docs/model.md, 4).
     """
-    top, left, right = (load_frames(view, 1)[0] for view in (wrist, exterior_1, exterior_2))
+    views = (wrist, exterior_1, exterior_2)
+    signed = holds_negative(views)
+    top, left, right = (load_frames(view, 1, signed)[0] for view in views)
     height, width = int(top.shape[0]) // 2, int(top.shape[1]) // 2
     if height < 1 or width < 1 or top.shape[1] % 2:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,11 @@ def make_tiny_checkpoint(
     vae = NANO_VAE | {"base_dim": vae_dims[0], "decoder_base_dim": vae_dims[1]}
     parts = (("transformer", transformer, transformer_shapes), ("vae", vae, vae_shapes))
     for name, config, shapes in parts:
-        write_sharded(
+        files = write_sharded(
             folder / name, shapes(config), seed=seed, dtype=dtype, shard_bytes=shard_bytes
         )
+        for file in files:  # safetensors' are their owner's alone
+            shutil.copymode(folder / "model_index.json", file)
         _write_json(folder / name / "config.json", config)
     _write_json(folder / "scheduler" / "scheduler_config.json", NANO_SCHEDULER)
     return folder
