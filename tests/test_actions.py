@@ -67,6 +67,7 @@ def test_the_refusal_of_another_width_says_what_both_interfaces_take():
 BAD_DOMAINS = {
     "unknown": (lambda: resolve_domain_id("umbrella"), "unknown domain 'umbrella'.*'umi'"),
     "none": (lambda: resolve_domain_id(None), "unknown domain None"),
+    "wide digit": (lambda: resolve_domain_id("\uff18"), "unknown domain '\uff18'"),
     "bool": (lambda: resolve_domain_id(True), "unknown domain True"),
     "negative": (lambda: resolve_domain_id(-1), "must be >= 0, got -1"),
     "negative text": (lambda: resolve_domain_id("-1"), "unknown domain '-1'.* or an id >= 0"),

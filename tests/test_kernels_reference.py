@@ -64,6 +64,19 @@ def test_rotation_is_a_complex_product():
     assert torch.equal(got["v_out"], v)
 
 
+def test_rotation_rounds_once():
+    """The normed values are bfloat16's; their rotation is float32's, its tables too."""
+    qkv = random(63, 3 * 16, dtype=torch.bfloat16)
+    ones, angle = torch.ones(16, dtype=torch.bfloat16), random(63, 8, seed=1, dtype=torch.float32)
+    got = {name: torch.empty(63, 1, 16, dtype=qkv.dtype) for name in ("q_out", "k_out", "v_out")}
+    reference.qk_norm_rope(qkv, ones, ones, angle.cos(), angle.sin(), 1e-6, **got)
+    first, second = reference.rms_norm(qkv[:, :16], ones, 1e-6).double().chunk(2, -1)
+    cos, sin = angle.cos().double(), angle.sin().double()
+    truth = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    half_step = 2.0**-8 * truth.abs() + 1e-6  # of a number that bfloat16 rounds; float32's before
+    assert ((got["q_out"][:, 0].double() - truth).abs() <= half_step).all()
+
+
 def one_row(q, keys, values) -> torch.Tensor:
     """Attention of one query [D] over keys, values [n, D]."""
     weights = torch.tensor([math.exp(float(q @ k) / math.sqrt(len(q))) for k in keys], dtype=F64)
@@ -161,6 +174,18 @@ def test_unipc_step_reads_no_history_with_a_coefficient_of_zero():
     step, model_in = torch.zeros(1, dtype=torch.int32), torch.empty(4, dtype=F64)
     reference.unipc_step(velocity, sample, *unset, sample.clone(), noisy, coef, step, model_in)
     assert close(sample, expected)
+
+
+def test_unipc_step_guides_in_the_states_dtype():
+    """Velocities are bfloat16; u + g (c - u) is not rounded to it."""
+    velocity = random(2, 63, seed=1, dtype=torch.bfloat16)
+    coef = torch.tensor([[3.1, 1.0, 1, 0, 0, 0, 0, 0, 1, 0]])  # the new sample is x0
+    sample, *history = torch.zeros(5, 63).unbind()
+    step, noisy = torch.zeros(1, dtype=torch.int32), torch.ones(63, dtype=torch.uint8)
+    model_in = torch.empty(63, dtype=torch.bfloat16)
+    reference.unipc_step(velocity, sample, *history, noisy, coef, step, model_in)
+    cond, uncond = velocity.double()
+    assert close(sample.double(), -(uncond + 3.1 * (cond - uncond)), 1e-5)
 
 
 def test_image_to_tensor_keeps_channels_last():

@@ -6,15 +6,16 @@ import threading
 import oracle
 import pytest
 import torch
+from diffusers.models.transformers import transformer_cosmos3
 from engine_fixtures import checkpoint, equal, fill, ids, noise, request
 
 from cosmos3_fast import ops
 from cosmos3_fast.checkpoint import open_checkpoint
-from cosmos3_fast.config import CheckpointConfig
+from cosmos3_fast.config import CheckpointConfig, TransformerConfig
 from cosmos3_fast.graph import ShapeKey, StepRunner
 from cosmos3_fast.latents import flatten, masks, split
 from cosmos3_fast.layers.residual import Residual
-from cosmos3_fast.layers.rotary import media_positions
+from cosmos3_fast.layers.rotary import inverse_frequencies, media_positions
 from cosmos3_fast.loader import unfilled
 from cosmos3_fast.model import Cosmos3Transformer, parameter_bytes
 from cosmos3_fast.parallel import Mesh
@@ -116,6 +117,28 @@ def test_bf16_errs_no_more_than_twice_what_diffusers_does(tmp_path):
         other = theirs[part].reshape(got[part].shape)[..., :cut]
         allowed = 2 * oracle.error(other, want)
         assert oracle.error(got[part][..., :cut], want) <= allowed
+
+
+def test_frequencies_are_diffusers_bit_for_bit():
+    """Nano's: rounded from float64 some of them would differ."""
+    nano = TransformerConfig()
+    arguments = nano.head_dim, nano.rope_theta, nano.rope_axes_dim
+    want = transformer_cosmos3.Cosmos3VLTextRotaryEmbedding(*arguments).inv_freq
+    assert torch.equal(inverse_frequencies(nano), want)
+
+
+def test_the_modality_embedding_is_rounded_apart(tmp_path):
+    """bf16: the projection is rounded, then its sum with the embedding."""
+    folder = make_tiny_checkpoint(tmp_path, kv_heads=2, dtype=torch.bfloat16)
+    network = Cosmos3Transformer(config(), Mesh.single(), device=CPU, dtype=torch.bfloat16)
+    runner, shape = loaded(fill(network, folder), request())
+    inputs = runner.inputs
+    runner.model_in.copy_(flatten(*inputs_of(request(), shape), shape))
+    inputs.noisy.zero_()  # no timestep on top
+    projected = inputs.action.double() @ inputs.adapter.w_in.double() + inputs.adapter.b_in
+    want = projected.bfloat16() + network.action_modality_embed
+    got = network._embed(inputs)[shape.video_tokens :]
+    assert want.shape == got.shape and (got != want).float().mean() < 0.01
 
 
 def test_every_parameter_has_a_slot_and_every_slot_a_tensor():

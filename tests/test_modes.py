@@ -137,6 +137,41 @@ def test_a_processor_prepares_alike(name):
         assert not torch.is_tensor(value) or got[field].dtype == value.dtype, field
 
 
+KINDS = ("flash", "mem_efficient", "math", "cudnn")
+# Settings that the engine needs otherwise: only a GPU's results would show some of them.
+OTHERWISE = {
+    f"no {kind} attention": lambda kind=kind: setting(
+        getattr(torch.backends.cuda, f"{kind}_sdp_enabled"),
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp"),
+        False,
+    )
+    for kind in KINDS
+} | {
+    name: lambda name=name, value=value: product(name, value)
+    for name, value in (
+        ("allow_fp16_accumulation", True),
+        ("allow_fp16_reduced_precision_reduction", False),
+        ("allow_bf16_reduced_precision_reduction", False),
+    )
+}
+
+
+def settings() -> dict[str, bool]:
+    cuda = torch.backends.cuda
+    kinds = {f"no {kind} attention": not getattr(cuda, f"{kind}_sdp_enabled")() for kind in KINDS}
+    return kinds | {name: getattr(cuda.matmul, name) for name in OTHERWISE if name not in kinds}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_setting_is_torchs_default_inside(name):
+    """And the caller's again afterwards, as `setting` demands."""
+    default = settings()
+    with OTHERWISE[name]():
+        assert {other for other, value in settings().items() if value != default[other]} == {name}
+        with own_modes(torch.device("cpu")):
+            assert settings() == default
+
+
 def test_precision_is_put_back_after_an_error():
     products = torch.backends.cuda.matmul, torch.backends.mkldnn.conv
     with precision("medium"):

@@ -271,3 +271,9 @@ def test_a_mode_given_with_the_inputs_decides_how_many_frames_are_read(
     )
     assert (got.mode, got.pixel_values.shape[2]) == (asked, frames)
     assert torch.equal(got.pixel_values, want.pixel_values)
+
+
+def test_an_input_that_is_none_is_not_given(processor_of):
+    inputs = observe(task=None, prompt="Go", domain_name=None, domain_id=7, action=None)
+    processed = processor_of(raw_action_dim=10).preprocess(inputs)
+    assert processed.caption.startswith("Go. ") and processed.domain_id == 7

@@ -105,6 +105,21 @@ def test_plain_prompt_without_a_view_or_metadata():
     assert Caption("plain", "ego_view", None, 17, 24.0, False)(" Go ", (480, 832)) == " Go "
 
 
+def test_frames_a_second_are_rounded_in_the_plain_prompt():
+    caption = plain_prompt("Go.", "", 90, 29.97, (480, 832))
+    assert caption.startswith("Go. The video is 3.0 seconds long and is of 30 FPS. ")
+
+
+def test_the_json_prompt_keeps_its_metadata():
+    """`append_metadata` is the plain prompt's."""
+    bare, whole = (Caption("json", "ego_view", None, 17, 24.0, flag) for flag in (False, True))
+    assert (
+        bare("Go.", (480, 832))
+        == whole("Go.", (480, 832))
+        == json_prompt("Go.", EGO, 17, 24.0, (480, 832))
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

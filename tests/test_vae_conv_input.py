@@ -74,6 +74,12 @@ def test_bf16_rounds_the_norm_before_silu():
     assert different.float().mean() < 0.01  # the order of two float32 products
 
 
+def test_bf16_adds_the_bias_in_float32_and_rounds_once():
+    x, bias = sample((1, 64, 2, 3, 5), torch.bfloat16), torch.linspace(-1, 1, 64)
+    got = ops.conv_input(x, prologue="none", bias=bias)
+    assert torch.equal(got, (x.float() + bias.view(-1, 1, 1, 1)).to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("pad", [(1, 1, 1, 1), (0, 1, 0, 1), (1, 2, 2, 2)], ids=str)
 @pytest.mark.parametrize("axis", [3, 4], ids=["H", "W"])
 @pytest.mark.parametrize("prologue", PROLOGUES)
