@@ -45,7 +45,7 @@ def media_positions(
         return index / rate * base + start if modulated else index + start
 
     modulated = config.enable_fps_modulation
-    time = steps(frames, 0, fps / TEMPORAL_FACTOR, modulated and frames > 1)
+    time = steps(frames, 0, fps / TEMPORAL_FACTOR, modulated)
     row = torch.arange(rows, dtype=torch.float32, device=device)
     col = torch.arange(cols, dtype=torch.float32, device=device)
     video = torch.stack([a.flatten() for a in torch.meshgrid(time, row, col, indexing="ij")])
