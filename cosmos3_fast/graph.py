@@ -46,7 +46,8 @@ class _Place:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self.pool = torch.cuda.MemPool()
+        with torch.cuda.device(device):
+            self.pool = torch.cuda.MemPool()
 
     def prepare(self) -> None:
         """On the current stream: products by cuBLAS and cuBLASLt, for which a workspace is made
