@@ -351,3 +351,20 @@ def test_a_mosaic_made_elsewhere_is_stretched_to_the_policys_size():
 def test_droid_views_that_cannot_be_halved_are_refused():
     with pytest.raises(ValueError, match=r"even width, got \[4, 5\]"):
         compose_droid_views(picture(4, 5), picture(4, 4), picture(4, 4))
+
+
+def test_an_array_is_copied_to_the_host_once(monkeypatch):
+    """One that torch cannot share: read-only; a camera's picture is up to a megabyte a copy."""
+    copied, require = [], np.require
+
+    def counted(array, **arguments):
+        copied.append(array.shape)
+        return require(array, **arguments)
+
+    monkeypatch.setattr(np, "require", counted)
+    views = [np.full((4, 6, 3), level, np.float32) for level in (-1, 0, 1)]
+    for view in views:
+        view.setflags(write=False)
+    assert load_frames(views, 3).flatten(1).unique(dim=1).flatten().tolist() == [0, 128, 255]
+    compose_droid_views(*views)
+    assert copied == [(4, 6, 3)] * 6

@@ -144,14 +144,22 @@ def _colours(array: np.ndarray | torch.Tensor) -> torch.Tensor:
     return frames[..., :3]
 
 
-def holds_negative(source: Any) -> bool:
-    """Whether an observation's floats, all of a list together, lie in [-1,1]: any is negative."""
+def on_host(source: Any) -> Any:
+    """An observation whose arrays and tensors are `_colours`, copied once; else as it is."""
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        colours = _colours(source)
-        return colours.is_floating_point() and bool((colours < 0).any())
+        return _colours(source)
     if isinstance(source, Sequence) and not isinstance(source, str):
-        return any(map(holds_negative, source))
-    return False
+        return [on_host(item) for item in source]
+    return source
+
+
+def holds_negative(source: Any) -> bool:
+    """Whether the floats of an observation `on_host`, all together, lie in [-1,1]: any is
+    negative.
+    """
+    if isinstance(source, torch.Tensor):
+        return source.is_floating_point() and bool((source < 0).any())
+    return isinstance(source, list) and any(map(holds_negative, source))
 
 
 def _one_source(source: Any, limit: int, signed: bool) -> torch.Tensor:
@@ -161,8 +169,8 @@ def _one_source(source: Any, limit: int, signed: bool) -> torch.Tensor:
         return read_image(source)[None]
     if isinstance(source, Image.Image):
         return _from_pil(source)[None]
-    if isinstance(source, (np.ndarray, torch.Tensor)):
-        return _to_uint8(_colours(source), signed).contiguous()[:limit]
+    if isinstance(source, torch.Tensor):
+        return _to_uint8(source, signed).contiguous()[:limit]
     raise ValueError(
         "images must be a path, a PIL image, an array, a tensor or a list of these; "
         f"got {type(source).__name__}"
@@ -178,8 +186,9 @@ def load_frames(source: Any, limit: int, signed: bool | None = None) -> torch.Te
     lie in [-1,1] (`signed` says it for a source that is part of an observation). ValueError for
     what cannot be read, is empty, has frames of different sizes, and for a clip in a list.
     """
+    source = on_host(source)
     signed = holds_negative(source) if signed is None else signed
-    if not isinstance(source, Sequence) or isinstance(source, str):
+    if not isinstance(source, list):
         return _one_source(source, limit, signed)
     if not source:
         raise ValueError("images is an empty list; expected at least one frame")

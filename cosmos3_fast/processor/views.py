@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cosmos3_fast.processor.images import holds_negative, load_frames
+from cosmos3_fast.processor.images import holds_negative, load_frames, on_host
 
 DROID_SIZE = (540, 640)
 
@@ -28,7 +28,7 @@ def compose_droid_views(wrist: Any, exterior_1: Any, exterior_2: Any) -> torch.T
     [0,1], or in [-1,1] when any is negative. Exteriors are resized to (wrist_h//2, wrist_w//2), the
     whole to 540x640 when it is not that already (docs/model.md, 4).
     """
-    views = (wrist, exterior_1, exterior_2)
+    views = on_host((wrist, exterior_1, exterior_2))
     signed = holds_negative(views)
     top, left, right = (load_frames(view, 1, signed)[0] for view in views)
     height, width = int(top.shape[0]) // 2, int(top.shape[1]) // 2
